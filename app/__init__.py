@@ -1,0 +1,1 @@
+"""The web side of SAE Atlas: database, contracts, pages and JSON. Never imports torch or workers."""

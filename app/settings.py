@@ -1,0 +1,86 @@
+"""Settings of all processes, read once from SAE_ATLAS_* variables. No I/O beyond the environment."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One frozen object, made at a process's start and passed down. Each field is `SAE_ATLAS_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="SAE_ATLAS_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("sae-atlas"),
+        description="Everything SAE Atlas stores: database, models, SAEs, corpora, job checkpoints.",
+    )
+    host: str = Field("127.0.0.1", description="Address the web server binds. Only loopback is accepted for now.")
+    port: int = Field(3000, ge=0, le=65535, description="Port of the web server.")
+    database_url: str = Field("", description="SQLAlchemy URL of the catalog; empty means SQLite in the data directory.")
+    jobs_database_url: str = Field(
+        "", description="SQLAlchemy URL of the dbos job queue; empty means SQLite in the data directory."
+    )
+    worker_socket: str = Field("", description="Unix socket of the gpu worker; empty means one derived from the data directory.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where models and SAEs are computed.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of the language model; auto is float32 on CPU and bfloat16 on CUDA."
+    )
+    threads: int = Field(0, ge=0, description="CPU threads torch uses in each worker; 0 leaves torch's choice.")
+    memory_bytes: int = Field(
+        0, ge=0, description="Byte budget for resident models and SAEs; 0 means 60 % of the device's memory."
+    )
+    max_text_tokens: int = Field(4096, ge=1, description="Longest text accepted for activations, in tokens.")
+    max_text_bytes: int = Field(200_000, ge=1, description="Longest text accepted before it is tokenised, in bytes.")
+    max_texts: int = Field(64, ge=1, description="Most texts in one request.")
+    max_new_tokens: int = Field(512, ge=1, description="Most tokens one steering run generates.")
+    max_steer_features: int = Field(32, ge=1, description="Most features steered in one run.")
+    max_queue: int = Field(64, ge=1, description="Requests that may wait for the gpu worker; one more is answered 429.")
+    request_seconds: float = Field(60.0, gt=0, description="Deadline of a request to the gpu worker, in seconds.")
+    max_sae_bytes: int = Field(16 * 2**30, ge=1, description="Largest SAE file accepted, in bytes.")
+    max_d_sae: int = Field(2**20, ge=1, description="Widest SAE accepted, in latents.")
+    cache_bytes: int = Field(
+        50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes."
+    )
+    beat_seconds: float = Field(5.0, gt=0, description="How often a trainer says that it is alive.")
+    takeover_seconds: float = Field(30.0, gt=0, description="Silence after which another trainer takes a job over.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged.")
+    log_format: Literal["console", "json"] = Field("console", description="Log lines for people or for machines.")
+
+    @cached_property
+    def catalog_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'atlas.sqlite'}"
+
+    @cached_property
+    def queue_url(self) -> str:
+        return self.jobs_database_url or f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
+
+    @cached_property
+    def socket_path(self) -> Path:
+        """The worker's socket. Unix limits its path to 107 bytes, so a deep data directory gets one in the temp directory."""
+        if self.worker_socket:
+            return Path(self.worker_socket)
+        path = self.data_dir / "run" / "worker.sock"
+        if len(str(path).encode()) <= 100:
+            return path
+        digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"sae-atlas-{digest}.sock"
+
+    def model_dir(self, model_id: str) -> Path:
+        return self.data_dir / "models" / model_id
+
+    def sae_dir(self, sae_hash: str) -> Path:
+        return self.data_dir / "saes" / sae_hash
+
+    def corpus_dir(self, corpus_hash: str) -> Path:
+        return self.data_dir / "corpora" / corpus_hash
+
+    def job_dir(self, job_id: int) -> Path:
+        return self.data_dir / "jobs" / str(job_id)

@@ -1,0 +1,252 @@
+"""The catalog's tables (SQLAlchemy 2 declarative). Queries live in the verb modules; migrations/ builds the schema."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+from sqlalchemy import JSON, BigInteger, DateTime, Float, ForeignKey, Index, LargeBinary, MetaData, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.types import TypeDecorator
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Times are stored in UTC and come back aware, also on SQLite, which forgets the zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return value.astimezone(UTC) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Table(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+Key = Annotated[int, mapped_column(primary_key=True)]
+Slug = Annotated[str, mapped_column(String(200))]
+Hash = Annotated[str, mapped_column(String(64))]
+Moment = Annotated[datetime, mapped_column(UtcDateTime, default=now)]
+LaterMoment = Annotated[datetime | None, mapped_column(UtcDateTime)]
+Payload = Annotated[dict[str, Any], mapped_column(JSON, default=dict)]
+LongText = Annotated[str, mapped_column(Text)]
+
+
+class Model(Table):
+    """A language model whose directory lies under the data directory."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    name: Mapped[Slug]
+    hash: Mapped[Hash]
+    """sha256 of the weights; evidence and steering runs name it."""
+    card: Mapped[Payload]
+    """protocol.ModelCard as JSON: sizes, tokenizer, hooks."""
+    created_at: Mapped[Moment]
+    sources: Mapped[list[Source]] = relationship(back_populates="model", lazy="raise")
+
+
+class Source(Table):
+    """An SAE in its place in a model: `{layer}-{set}`."""
+
+    __tablename__ = "sources"
+    __table_args__ = (Index("uq_sources_model_id_name", "model_id", "name", unique=True),)
+
+    id: Mapped[Key]
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    name: Mapped[Slug]
+    """`12-demo`: the source id of URLs and of the JSON API."""
+    layer: Mapped[int]
+    set_name: Mapped[Slug]
+    is_default: Mapped[bool] = mapped_column(default=False)
+    """Where `/{model}/{layer}/{index}` leads when a layer has several."""
+    sae_hash: Mapped[Hash]
+    """Names the directory of the weights under saes/."""
+    architecture: Mapped[Slug]
+    hook_name: Mapped[Slug]
+    d_in: Mapped[int]
+    d_sae: Mapped[int]
+    config: Mapped[Payload]
+    """cfg.json as stored with the weights."""
+    metrics: Mapped[Payload]
+    """What evaluate found: l0, explained_variance, ce_loss_score, ... and the tokens seen."""
+    origin: Mapped[Payload]
+    """Lineage: how and from what it was trained or fetched."""
+    harvest_id: Mapped[int | None] = mapped_column(ForeignKey("harvests.id", use_alter=True))
+    """The evidence shown by default."""
+    created_at: Mapped[Moment]
+    model: Mapped[Model] = relationship(back_populates="sources", lazy="raise")
+    harvest: Mapped[Harvest | None] = relationship(foreign_keys=[harvest_id], lazy="raise")
+
+
+class Corpus(Table):
+    """A text corpus; its documents and token streams lie under corpora/{hash}/."""
+
+    __tablename__ = "corpora"
+
+    id: Mapped[Key]
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    hash: Mapped[Hash]
+    n_documents: Mapped[int]
+    n_chars: Mapped[int] = mapped_column(BigInteger)
+    about: Mapped[LongText]
+    """Where it comes from and under which licences."""
+    created_at: Mapped[Moment]
+
+
+class Harvest(Table):
+    """Evidence of one source from one corpus: what was read, and the distributions over all features."""
+
+    __tablename__ = "harvests"
+
+    id: Mapped[Key]
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), index=True)
+    corpus_id: Mapped[int] = mapped_column(ForeignKey("corpora.id"))
+    tokenizer_hash: Mapped[Hash]
+    context_size: Mapped[int]
+    bos_token_id: Mapped[int | None]
+    """The token put before every context, or None."""
+    n_tokens: Mapped[int] = mapped_column(BigInteger)
+    """Tokens whose activations were counted (first positions excluded)."""
+    summary: Mapped[Payload]
+    """Density histogram and other distributions over the SAE."""
+    created_at: Mapped[Moment]
+    corpus: Mapped[Corpus] = relationship(lazy="raise")
+
+
+class Feature(Table):
+    """What lists of features show and sort by. One row per latent."""
+
+    __tablename__ = "features"
+    __table_args__ = (
+        Index("ix_features_density", "source_id", "density"),
+        Index("ix_features_max_act", "source_id", "max_act"),
+    )
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True)
+    index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
+    density: Mapped[float] = mapped_column(Float)
+    """Fraction of tokens on which it is active."""
+    max_act: Mapped[float] = mapped_column(Float)
+    label: Mapped[LongText]
+    """The text of the best explanation; empty when there is none."""
+    top_token: Mapped[Slug]
+    """The token of its highest activation, as shown."""
+    top_logit: Mapped[Slug]
+    """The output token it promotes most, as shown."""
+
+
+class Evidence(Table):
+    """The blob of app.evidence for one feature of one harvest."""
+
+    __tablename__ = "evidence"
+
+    harvest_id: Mapped[int] = mapped_column(ForeignKey("harvests.id"), primary_key=True)
+    index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
+    blob: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class Explanation(Table):
+    __tablename__ = "explanations"
+    __table_args__ = (Index("ix_explanations_feature", "source_id", "latent"),)
+
+    id: Mapped[Key]
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"))
+    index: Mapped[int] = mapped_column("latent")
+    text: Mapped[LongText]
+    method: Mapped[Slug]
+    """`heuristic` for the automatic labels, a method name or `human` otherwise."""
+    author: Mapped[Slug]
+    created_at: Mapped[Moment]
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+
+class Job(Table):
+    """A durable job as people see it; dbos keeps its steps under `workflow_id`."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[Key]
+    kind: Mapped[Slug]
+    title: Mapped[Slug]
+    spec: Mapped[Payload]
+    state: Mapped[str] = mapped_column(String(20), default=JobState.QUEUED, index=True)
+    done: Mapped[float] = mapped_column(Float, default=0.0)
+    """Share of the work done, 0..1."""
+    status: Mapped[LongText] = mapped_column(Text, default="")
+    """The latest line of progress, with its numbers."""
+    error: Mapped[LongText] = mapped_column(Text, default="")
+    result: Mapped[Payload]
+    """Where the outcome is: {"url": ...}, metrics."""
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    workflow_id: Mapped[Slug]
+    executor: Mapped[str] = mapped_column(String(200), default="")
+    """Which trainer works on it."""
+    created_at: Mapped[Moment]
+    started_at: Mapped[LaterMoment]
+    ended_at: Mapped[LaterMoment]
+
+
+class JobMetric(Table):
+    """One point of a job's curves; written again without harm when a step is repeated."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    values: Mapped[Payload]
+
+
+class Beat(Table):
+    """The sign of life of a trainer process."""
+
+    __tablename__ = "beats"
+
+    executor: Mapped[str] = mapped_column(String(200), primary_key=True)
+    host: Mapped[Slug]
+    pid: Mapped[int]
+    at: Mapped[datetime] = mapped_column(UtcDateTime)
+    job_id: Mapped[int | None]
+
+
+class SteeringRun(Table):
+    """A finished steering run, so that its address replays it."""
+
+    __tablename__ = "steering_runs"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    request: Mapped[Payload]
+    result: Mapped[Payload]
+    created_at: Mapped[Moment]

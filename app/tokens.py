@@ -1,0 +1,54 @@
+"""Token ids into text, exactly and without a tokenizer. No torch, no network.
+
+A model's directory holds vocabulary.json: one string a token whose characters U+0000..U+00FF are the token's bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+
+class Vocabulary:
+    """The bytes of every token of one tokenizer."""
+
+    def __init__(self, tokens: list[bytes]) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def strings(self, ids: Iterable[int]) -> list[str]:
+        """One string per token; joined they are the text.
+
+        A character cut across tokens belongs to the last of them and the ones before are empty. Bytes that are no
+        UTF-8 become U+FFFD.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        strings = [decoder.decode(self._bytes(token)) for token in ids]
+        tail = decoder.decode(b"", final=True)
+        if tail and strings:
+            strings[-1] += tail
+        return strings
+
+    def text(self, ids: Iterable[int]) -> str:
+        return b"".join(self._bytes(token) for token in ids).decode("utf-8", "replace")
+
+    def string(self, token: int) -> str:
+        return self._bytes(token).decode("utf-8", "replace")
+
+    def _bytes(self, token: int) -> bytes:
+        return self._tokens[token] if 0 <= token < len(self._tokens) else f"<{token}>".encode()
+
+
+def write_vocabulary(path: Path, tokens: list[bytes]) -> None:
+    path.write_text(json.dumps([token.decode("latin-1") for token in tokens]), encoding="ascii")
+
+
+@lru_cache(maxsize=16)
+def vocabulary(path: Path) -> Vocabulary:
+    """Read a vocabulary.json; kept in memory, since a model's directory never changes."""
+    return Vocabulary([token.encode("latin-1") for token in json.loads(path.read_text(encoding="ascii"))])
