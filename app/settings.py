@@ -24,11 +24,16 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address the web server binds. Only loopback is accepted for now.")
     port: int = Field(3000, ge=0, le=65535, description="Port of the web server.")
-    database_url: str = Field("", description="SQLAlchemy URL of the catalog; empty means SQLite in the data directory.")
-    jobs_database_url: str = Field(
-        "", description="SQLAlchemy URL of the dbos job queue; empty means SQLite in the data directory."
+    database_url: str = Field(
+        "", description="SQLAlchemy URL of the catalog; empty means SQLite in the data directory."
     )
-    worker_socket: str = Field("", description="Unix socket of the gpu worker; empty means one derived from the data directory.")
+    jobs_database_url: str = Field(
+        "",
+        description="URL of the dbos job queue; empty means the catalog's Postgres, or SQLite in the data directory.",
+    )
+    worker_socket: str = Field(
+        "", description="Unix socket of the gpu worker; empty means one derived from the data directory."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where models and SAEs are computed.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the language model; auto is float32 on CPU and bfloat16 on CUDA."
@@ -46,12 +51,14 @@ class Settings(BaseSettings):
     request_seconds: float = Field(60.0, gt=0, description="Deadline of a request to the gpu worker, in seconds.")
     max_sae_bytes: int = Field(16 * 2**30, ge=1, description="Largest SAE file accepted, in bytes.")
     max_d_sae: int = Field(2**20, ge=1, description="Widest SAE accepted, in latents.")
-    cache_bytes: int = Field(
-        50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes."
-    )
+    cache_bytes: int = Field(50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes.")
     beat_seconds: float = Field(5.0, gt=0, description="How often a trainer says that it is alive.")
     takeover_seconds: float = Field(30.0, gt=0, description="Silence after which another trainer takes a job over.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severity that is logged.")
+    slot: int = Field(0, ge=0, description="Number of this trainer on its machine; one trainer process per GPU.")
+    max_waiting_jobs: int = Field(1000, ge=1, description="Jobs that may wait in the queue; one more is answered 429.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severity that is logged."
+    )
     log_format: Literal["console", "json"] = Field("console", description="Log lines for people or for machines.")
 
     @cached_property
@@ -60,7 +67,12 @@ class Settings(BaseSettings):
 
     @cached_property
     def queue_url(self) -> str:
-        return self.jobs_database_url or f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
+        """Postgres serves the queue too, so that several machines share it; SQLite gets a file of its own."""
+        if self.jobs_database_url:
+            return self.jobs_database_url
+        if self.database_url.startswith("postgresql"):
+            return self.database_url
+        return f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
 
     @cached_property
     def socket_path(self) -> Path:
