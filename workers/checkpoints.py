@@ -1,0 +1,58 @@
+"""SAE directories in SAELens' format: read into a Coder, written from tensors. Safetensors only, never pickles.
+
+A directory given by a person is checked by app.weights before it is stored; what is loaded here lies in the data directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from app.errors import BadFile
+from workers.sae.coders import CODERS, Coder
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+
+def load_sae(directory: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Coder:
+    """Return the coder of a stored SAE. Raises BadFile naming the architecture or the tensors that do not fit."""
+    config = json.loads((directory / CONFIG).read_text())
+    architecture = config.get("architecture", "standard")
+    coder = CODERS.get(architecture)
+    if coder is None:
+        raise BadFile(f"SAE architecture {architecture!r} is not known; known are {', '.join(sorted(CODERS))}.")
+    stored = load_file(directory / WEIGHTS, device=device)
+    missing = [name for name in coder.parameters if name not in stored]
+    if missing:
+        raise BadFile(f"{directory / WEIGHTS} lacks {', '.join(missing)}, which a {architecture} SAE needs.")
+    return coder(tensors={name: stored[name].to(dtype) for name in coder.parameters}, config=config)
+
+
+def save_sae(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write cfg.json and sae_weights.safetensors so that sae-lens' SAE.load_from_disk reads them.
+
+    dtype is that of the file; cfg.json's dtype stays float32, in which it is computed after loading.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory / f".{WEIGHTS}.new"
+    save_file({name: tensor.detach().to(dtype).contiguous().cpu() for name, tensor in tensors.items()}, scratch)
+    os.replace(scratch, directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2))
+
+
+def sae_hash(directory: Path) -> str:
+    """The name of the SAE in content-addressed storage: 16 hex digits over config and weights."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        digest.update((directory / name).read_bytes())
+    return digest.hexdigest()[:16]

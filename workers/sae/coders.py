@@ -1,0 +1,231 @@
+"""SAE architectures: one class each, with its equation. Registered by name in CODERS. No files, no language model.
+
+Canonical orientation: W_enc [d_in, d_sae], W_dec [d_sae, d_in]. All follow sae-lens' definitions to the last switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Normalisation = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
+
+
+class TopK(NamedTuple):
+    """The k largest activations of each row."""
+
+    values: Float[Tensor, "batch k"]
+    indices: Int[Tensor, "batch k"]
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The parts of an SAELens config that change the arithmetic."""
+
+    apply_b_dec_to_input: bool = True
+    normalize_activations: Normalisation = "none"
+    """expected_average_only_in is folded into the weights by whoever trained; at inference it does nothing."""
+    rescale_acts_by_decoder_norm: bool = False
+    k: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self:
+        known = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Coder:
+    """x -> acts -> x_hat = acts W_dec + b_dec, with acts = sigma((x - b_dec) W_enc + b_enc).
+
+    b_dec is subtracted from the input only with apply_b_dec_to_input. Subclasses say what sigma is.
+    """
+
+    architecture: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
+    """Names of the tensors in a checkpoint."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    switches: Switches = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "switches", Switches.of(self.config))
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.tensors["W_enc"]
+
+    @property
+    def b_enc(self) -> Float[Tensor, " d_sae"]:
+        return self.tensors["b_enc"]
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        return self.tensors["W_dec"]
+
+    @property
+    def b_dec(self) -> Float[Tensor, " d_in"]:
+        return self.tensors["b_dec"]
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+    @property
+    def hook_name(self) -> str:
+        return str(self.config["metadata"]["hook_name"])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Return the activations of all latents."""
+        return self._activate(self._pre_acts(self._input(x)))
+
+    def encode_latents(
+        self, x: Float[Tensor, "batch d_in"], latents: Int[Tensor, " latent"]
+    ) -> Float[Tensor, "batch latent"]:
+        """Return the activations of some latents, at the cost of their columns of W_enc alone where that is exact."""
+        return self._activate(self._pre_acts(self._input(x), latents), latents)
+
+    def encode_topk(self, x: Float[Tensor, "batch d_in"], k: int) -> TopK:
+        """Return the k largest activations of each row, highest first; zeros where fewer are active."""
+        values, indices = self.encode(x).topk(min(k, self.d_sae), dim=-1)
+        return TopK(values, indices)
+
+    def decode(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+        """Return the reconstruction, in the units of the (normalised) input."""
+        return self._scaled_for_decoder(acts) @ self.W_dec + self.b_dec
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """Encode and decode, and undo the normalisation of the input."""
+        x_hat = self.decode(self.encode(x))
+        match self.switches.normalize_activations:
+            case "constant_norm_rescale":
+                return x_hat * x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            case "layer_norm":
+                mean, std = _moments(x)
+                return x_hat * std + mean
+            case _:
+                return x_hat
+
+    def unit_direction(self, latent: int) -> Float[Tensor, " d_in"]:
+        """Return the decoder row of a latent, scaled to norm 1."""
+        row = self.W_dec[latent]
+        return row / row.norm()
+
+    def _input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        x = x.to(self.W_enc.dtype)
+        match self.switches.normalize_activations:
+            case "constant_norm_rescale":
+                x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
+            case "layer_norm":
+                mean, std = _moments(x)
+                x = (x - mean) / std
+            case _:
+                pass
+        return x - self.b_dec if self.switches.apply_b_dec_to_input else x
+
+    def _pre_acts(
+        self, x: Float[Tensor, "batch d_in"], latents: Int[Tensor, " latent"] | None = None
+    ) -> Float[Tensor, "batch latent"]:
+        if latents is None:
+            return torch.addmm(self.b_enc, x, self.W_enc)
+        return torch.addmm(self.b_enc[latents], x, self.W_enc[:, latents])
+
+    def _activate(
+        self, pre_acts: Float[Tensor, "batch latent"], latents: Int[Tensor, " latent"] | None = None
+    ) -> Float[Tensor, "batch latent"]:
+        raise NotImplementedError
+
+    def _decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        return self.W_dec.norm(dim=-1)
+
+    def _scaled_for_decoder(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        return acts / self._decoder_norms() if self.switches.rescale_acts_by_decoder_norm else acts
+
+
+def _moments(x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
+    """Mean and (unbiased) standard deviation of each row, the latter with sae-lens' 1e-5 added."""
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return x.mean(dim=-1, keepdim=True), centred.std(dim=-1, keepdim=True) + 1e-5
+
+
+def _pick(parameter: Tensor, latents: Tensor | None) -> Tensor:
+    return parameter if latents is None else parameter[latents]
+
+
+class StandardCoder(Coder):
+    """acts = ReLU(pre_acts). Bricken et al. 2023."""
+
+    architecture = "standard"
+
+    def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
+        return pre_acts.relu()
+
+
+class JumpReLUCoder(Coder):
+    """acts = pre_acts * [pre_acts > threshold]. Rajamanoharan et al. 2024; also BatchTopK at inference."""
+
+    architecture = "jumprelu"
+    parameters = (*Coder.parameters, "threshold")
+
+    def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
+        return pre_acts.relu() * (pre_acts > _pick(self.tensors["threshold"], latents))
+
+
+class GatedCoder(Coder):
+    """acts = [x W_enc + b_gate > 0] * ReLU(x W_enc exp(r_mag) + b_mag). Rajamanoharan et al. 2024."""
+
+    architecture = "gated"
+    parameters = ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec")
+
+    @property
+    def b_enc(self) -> Float[Tensor, " d_sae"]:
+        """The part of the bias that belongs before the activation: none, gates have their own."""
+        return torch.zeros_like(self.tensors["b_gate"])
+
+    def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
+        b_gate, r_mag, b_mag = (_pick(self.tensors[name], latents) for name in ("b_gate", "r_mag", "b_mag"))
+        return (pre_acts + b_gate > 0) * (pre_acts * r_mag.exp() + b_mag).relu()
+
+
+class TopKCoder(Coder):
+    """acts = ReLU(pre_acts) of the k largest pre_acts of a row, 0 elsewhere. Gao et al. 2024.
+
+    With rescale_acts_by_decoder_norm the pre_acts are multiplied by the decoder rows' norms before the choice.
+    """
+
+    architecture = "topk"
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        chosen = self.encode_topk(x, self.switches.k)
+        acts = torch.zeros(x.shape[0], self.d_sae, dtype=chosen.values.dtype, device=x.device)
+        return acts.scatter_(-1, chosen.indices, chosen.values)
+
+    def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
+        # Whether a latent is among the k largest depends on all the others.
+        return self.encode(x)[:, latents]
+
+    def encode_topk(self, x: Float[Tensor, "batch d_in"], k: int) -> TopK:
+        pre_acts = self._pre_acts(self._input(x))
+        if self.switches.rescale_acts_by_decoder_norm:
+            pre_acts = pre_acts * self._decoder_norms()
+        values, indices = pre_acts.topk(min(k, self.switches.k, self.d_sae), dim=-1)
+        return TopK(values.relu(), indices)
+
+
+CODERS: dict[str, type[Coder]] = {
+    coder.architecture: coder for coder in (StandardCoder, JumpReLUCoder, GatedCoder, TopKCoder)
+}
