@@ -1,0 +1,143 @@
+"""Client of the gpu worker: app.protocol over its Unix socket. The only place of the web side that knows how it is reached.
+
+Every method raises Unavailable when the worker is gone or silent beyond its deadline, and otherwise the error that the
+worker raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import orjson
+import structlog
+from pydantic import TypeAdapter
+
+from app.errors import BY_STATUS, AtlasError, Busy, Unavailable
+from app.protocol import (
+    EncodeReply,
+    EncodeRequest,
+    End,
+    GenerateRequest,
+    Message,
+    SaeActs,
+    Start,
+    TextActs,
+    Token,
+    TokenizeReply,
+    TokenizeRequest,
+    WorkerStatus,
+)
+from app.settings import Settings
+
+_BASE = "http://worker"
+_EVENTS = {"start": Start, "token": Token, "end": End}
+_STATUS = TypeAdapter(WorkerStatus)
+_GONE = (aiohttp.ClientError, ConnectionError, OSError, asyncio.TimeoutError)
+
+
+class Worker:
+    """One connection pool to one worker. Made anywhere, used in one event loop, closed there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = str(settings.socket_path)
+        self._seconds = settings.request_seconds
+        self._client: aiohttp.ClientSession | None = None
+
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
+        return TokenizeReply.model_construct(**await self._call("/tokenize", request))
+
+    async def encode(self, request: EncodeRequest) -> EncodeReply:
+        """Activations of texts. The reply is built unvalidated: it is ours, and large."""
+        answer = await self._call("/encode", request)
+        texts = [
+            TextActs.model_construct(
+                ids=text["ids"], saes=[SaeActs.model_construct(None, **acts) for acts in text["saes"]]
+            )
+            for text in answer["texts"]
+        ]
+        return EncodeReply.model_construct(texts=texts)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Start | Token | End]:
+        """Yield a run's events as they come. Closing the iterator closes the connection, which ends the run."""
+        # The deadline is on silence: a run as a whole may take as long as it has tokens.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._seconds, sock_read=self._seconds)
+        async with self._exchange("POST", "/generate", request, timeout) as response:
+            ended = False
+            async for line in response.content:
+                event = _event(line)
+                ended = isinstance(event, End)
+                yield event
+            if not ended:
+                raise _unavailable("stopped in the middle of a run")
+
+    async def status(self) -> WorkerStatus:
+        timeout = aiohttp.ClientTimeout(total=min(self._seconds, 5))
+        async with self._exchange("GET", "/status", None, timeout) as response:
+            return _STATUS.validate_json(await response.read())
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    async def _call(self, path: str, request: Message) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=self._seconds)
+        async with self._exchange("POST", path, request, timeout) as response:
+            return orjson.loads(await response.read())
+
+    @asynccontextmanager
+    async def _exchange(
+        self, method: str, path: str, request: Message | None, timeout: aiohttp.ClientTimeout
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """One request; failures of the connection at any point of it become Unavailable."""
+        body = request.model_dump_json() if request is not None else None
+        try:
+            async with self._session().request(
+                method, _BASE + path, data=body, headers=_headers(), timeout=timeout
+            ) as response:
+                if response.status >= 400:
+                    raise _raised(response, await response.read())
+                yield response
+        except TimeoutError as error:
+            raise _unavailable(f"is not answering within {self._seconds:g} s") from error
+        except _GONE as error:
+            raise _unavailable("is not answering") from error
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Made lazily, because aiohttp binds it to the running loop."""
+        if self._client is None:
+            # The worker bounds its own queue; a bound here would only hide it.
+            self._client = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(self._path, limit=0), read_bufsize=2**20
+            )
+        return self._client
+
+
+def _unavailable(what: str) -> Unavailable:
+    return Unavailable(f"The gpu worker {what}; it is restarted by the supervisor. Try again in a few seconds.")
+
+
+def _headers() -> dict[str, str]:
+    request_id = structlog.contextvars.get_contextvars().get("request_id", "")
+    return {"content-type": "application/json", "x-request-id": str(request_id)}
+
+
+def _event(line: bytes) -> Start | Token | End:
+    fields = orjson.loads(line)
+    return _EVENTS[fields["event"]].model_construct(None, **fields)
+
+
+def _raised(response: aiohttp.ClientResponse, body: bytes) -> AtlasError:
+    """The error of app.errors that the worker raised, from its status and sentence."""
+    try:
+        message = str(orjson.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return _unavailable(f"answered with status {response.status}")
+    error = BY_STATUS.get(response.status, AtlasError)
+    if error in (Busy, Unavailable):
+        return error(message, int(response.headers.get("retry-after", "2")))  # pyright: ignore[reportCallIssue]
+    return error(message)

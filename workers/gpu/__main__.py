@@ -1,0 +1,64 @@
+"""`python -m workers.gpu`: the gpu worker on its Unix socket, until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from app import log
+from app.settings import Settings
+from workers.gpu.service import create_app
+
+STOP_SECONDS = 5
+"""How long requests in progress may take after SIGTERM."""
+
+
+def main() -> None:
+    settings = Settings()
+    log.configure(settings, "gpu")
+    listener = listen(settings.socket_path)
+    # uvicorn raises the signal again once it has stopped cleanly; that is no reason to die of it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _signal, _frame: None)
+    config = uvicorn.Config(
+        create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        settings.socket_path.unlink(missing_ok=True)
+
+
+def listen(path: Path) -> socket.socket:
+    """Bind the socket for its owner alone, in place of one that nobody answers any more."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_socket():
+        if _answers(path):
+            sys.exit(f"A gpu worker is already answering on {path}. Stop it first.")
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Models and SAEs in the device's memory, within a byte budget, the least recently used ones leaving first.
+
+Used from one event loop; loading runs in a thread of its own, so other requests go on meanwhile. What a request holds
+is never evicted under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+
+from app import log
+from app.errors import NotFound, TooLarge, Unavailable
+from app.protocol import ModelRef, Resident, SaeRef
+from workers.checkpoints import load_sae
+from workers.language_model import LanguageModel
+from workers.sae.coders import Coder
+
+SAE_DTYPE = torch.float32
+"""SAEs are computed in full precision whatever the model's: which latents are the top k hangs on small differences."""
+
+logger = log.get(__name__)
+
+
+@dataclass
+class _Entry:
+    kind: Literal["model", "sae"]
+    id: str
+    nbytes: int
+    """An estimate from the file until it is loaded."""
+    ready: asyncio.Future[Any]
+    users: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one request works with."""
+
+    language: LanguageModel
+    saes: dict[str, Coder] = field(default_factory=dict[str, Coder])
+    """By SaeRef.path."""
+
+
+class Residents:
+    def __init__(self, device: str, dtype: torch.dtype, budget_bytes: int) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.budget_bytes = budget_bytes
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        """By path, least recently used first."""
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def list(self) -> tuple[list[Resident], list[str]]:
+        """What is resident, and the ids of what is being loaded."""
+        ready = [e for e in self._entries.values() if e.ready.done()]
+        loading = [e.id for e in self._entries.values() if not e.ready.done()]
+        return [Resident(kind=e.kind, id=e.id, bytes=e.nbytes) for e in ready], loading
+
+    @asynccontextmanager
+    async def hold(self, model: ModelRef, saes: list[SaeRef]) -> AsyncIterator[Held]:
+        """Keep a model and SAEs resident within the context, loading what is not.
+
+        Raises NotFound for a directory that is not there, TooLarge or Unavailable with both numbers when memory lacks.
+        """
+        with ExitStack() as stack:
+            language = stack.enter_context(self._use(model.path, "model", model.id))
+            coders = {sae.path: stack.enter_context(self._use(sae.path, "sae", sae.id)) for sae in saes}
+            yield Held(await language, {path: await coder for path, coder in coders.items()})
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def _use(self, path: str, kind: Literal["model", "sae"], name: str) -> Iterator[Awaitable[Any]]:
+        entry = self._entries.get(path) or self._admit(path, kind, name)
+        self._entries.move_to_end(path)
+        entry.users += 1
+        try:
+            # Shielded: one caller's cancellation must not cancel the loading that others wait for.
+            yield asyncio.shield(entry.ready)
+        finally:
+            entry.users -= 1
+
+    def _admit(self, path: str, kind: Literal["model", "sae"], name: str) -> _Entry:
+        directory = Path(path)
+        if not directory.is_dir():
+            raise NotFound(f"The files of {name} are gone from {directory}; add it again.")
+        nbytes = weight_bytes(directory, self.dtype if kind == "model" else SAE_DTYPE)
+        self._make_room(name, nbytes)
+        load = self._load_model if kind == "model" else self._load_sae
+        entry = _Entry(kind, name, nbytes, asyncio.ensure_future(self._load(path, load)))
+        entry.ready.add_done_callback(lambda _: None if self._entries.get(path) is not entry else self._loaded(path))
+        self._entries[path] = entry
+        return entry
+
+    def _make_room(self, name: str, nbytes: int) -> None:
+        if nbytes > self.budget_bytes:
+            raise TooLarge(
+                f"{name} needs {_gib(nbytes)}, the worker's whole budget is {_gib(self.budget_bytes)}. "
+                "Raise SAE_ATLAS_MEMORY_BYTES or use a smaller one."
+            )
+        idle = [path for path, entry in self._entries.items() if not entry.users and entry.ready.done()]
+        free = self.budget_bytes - self.used_bytes
+        reachable = free + sum(self._entries[path].nbytes for path in idle)
+        if nbytes > reachable:
+            raise Unavailable(
+                f"{name} needs {_gib(nbytes)}, {_gib(reachable)} free: the rest is in use. Try again soon."
+            )
+        for path in idle:
+            if nbytes <= self.budget_bytes - self.used_bytes:
+                break
+            logger.info("evicted", id=self._entries.pop(path).id)
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+    async def _load(self, path: str, load: Callable[[Path], LanguageModel | Coder]) -> LanguageModel | Coder:
+        return await asyncio.get_running_loop().run_in_executor(self._loader, load, Path(path))
+
+    def _loaded(self, path: str) -> None:
+        """Put the true size in place of the estimate, or forget what could not be loaded."""
+        entry = self._entries[path]
+        if entry.ready.cancelled() or entry.ready.exception() is not None:
+            del self._entries[path]
+            return
+        entry.nbytes = entry.ready.result().nbytes
+        logger.info("loaded", id=entry.id, bytes=entry.nbytes)
+
+    def _load_model(self, path: Path) -> LanguageModel:
+        return LanguageModel.load(path, device=self.device, dtype=self.dtype)
+
+    def _load_sae(self, path: Path) -> Coder:
+        return load_sae(path, device=self.device, dtype=SAE_DTYPE)
+
+
+def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
+    """What the safetensors of a directory take in memory at a precision, from their headers alone."""
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            total += sum(_numel(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return total * dtype.itemsize
+
+
+def device_bytes(device: str) -> int:
+    """The memory there is: the card's, or the machine's within the limit of its container."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return total if allowed == "max" else min(total, int(allowed))
+
+
+def _numel(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"

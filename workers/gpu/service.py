@@ -1,0 +1,265 @@
+"""The worker's HTTP: the routes of app.protocol over a lane and its residents. No database, no token strings.
+
+An ASGI app, so it also runs behind any server that speaks ASGI; `python -m workers.gpu` puts it on its Unix socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import orjson
+import structlog
+import torch
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from app import log
+from app.errors import AtlasError, BadInput
+from app.protocol import (
+    EncodeRequest,
+    End,
+    GenerateRequest,
+    SaeRef,
+    Start,
+    TokenizeRequest,
+    WorkerStatus,
+)
+from app.settings import Settings
+from workers.gpu.encoding import Text
+from workers.gpu.generation import Generation, NotFinite, edits_of
+from workers.gpu.lane import Lane
+from workers.gpu.residents import Held, Residents, device_bytes
+from workers.language_model import LanguageModel
+
+M = TypeVar("M", bound=BaseModel)
+BATCH_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 16384}
+BUDGET_SHARE = 0.6
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What the routes work with."""
+
+    settings: Settings
+    residents: Residents
+    lane: Lane
+
+
+def create_app(settings: Settings) -> Starlette:
+    """Return the ASGI app. Its lifespan starts and stops the lane."""
+    device = choose_device(settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    budget = settings.memory_bytes or int(device_bytes(device) * BUDGET_SHARE)
+    residents = Residents(device, choose_dtype(settings, device), budget)
+    worker = Worker(settings, residents, Lane(settings.max_queue, BATCH_TOKENS[device]))
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        worker.lane.start()
+        logger.info("gpu worker ready", device=device, dtype=str(residents.dtype), budget_bytes=budget)
+        yield
+        await asyncio.to_thread(worker.lane.stop)
+        residents.close()
+
+    routes = [
+        Route("/tokenize", _answering(worker, tokenize), methods=["POST"]),
+        Route("/encode", _answering(worker, encode), methods=["POST"]),
+        Route("/generate", _answering(worker, generate), methods=["POST"]),
+        Route("/status", _answering(worker, status)),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def choose_device(settings: Settings) -> str:
+    if settings.device != "auto":
+        return settings.device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_dtype(settings: Settings, device: str) -> torch.dtype:
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device == "cuda" else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+async def tokenize(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, TokenizeRequest)
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, []) as held:
+            ids = await asyncio.to_thread(_ids, held.language, asked.texts, asked.prepend_bos)
+    return _json({"ids": ids})
+
+
+async def encode(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, EncodeRequest)
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, [query.sae for query in asked.queries]) as held:
+            rows = await asyncio.to_thread(_ids, held.language, asked.texts, asked.prepend_bos)
+            limit = min(worker.settings.max_text_tokens, held.language.card.n_ctx)
+            _check_lengths(rows, limit, asked.model.id)
+            _check_fits(held, [(q.sae, latent) for q in asked.queries for latent in q.latents])
+            for query in asked.queries:
+                _check_fits(held, [(query.sae, 0)])
+            queries = [(held.saes[query.sae.path], query) for query in asked.queries]
+            texts = [Text(row, queries) for row in rows]
+            answers = await worker.lane.encode(held.language, texts, worker.settings.request_seconds)
+    return _json(
+        {"texts": [{"ids": row, "saes": [_plain(a) for a in acts]} for row, acts in zip(rows, answers, strict=True)]}
+    )
+
+
+async def generate(worker: Worker, request: Request) -> Response:
+    """Check everything that can be refused before the first byte, then stream."""
+    asked = await _body(request, GenerateRequest)
+    events = _generate(worker, asked)
+    first = await anext(events)
+
+    async def lines() -> AsyncIterator[bytes]:
+        try:
+            yield _line(first)
+            async for event in events:
+                yield _line(event)
+        finally:
+            # Also when the client went: the response is cancelled and the run with it.
+            await events.aclose()
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+async def _generate(worker: Worker, asked: GenerateRequest) -> Any:
+    started = time.monotonic()
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, [direction.sae for direction in asked.directions]) as held:
+            start, prompt_ids = await asyncio.to_thread(_prepare, worker, held, asked)
+            yield Start.model_construct(event="start", prompt_ids=prompt_ids)
+            error = ""
+            tokens = worker.lane.generate(start)
+            try:
+                async for step in tokens:
+                    for token in step:
+                        yield token
+            except (AtlasError, NotFinite) as failure:
+                error = str(failure)
+            except Exception:
+                error = "The gpu worker failed while generating; its log has the cause."
+            finally:
+                await tokens.aclose()
+            yield End.model_construct(event="end", error=error, seconds=round(time.monotonic() - started, 3))
+
+
+def _prepare(worker: Worker, held: Held, asked: GenerateRequest) -> tuple[Callable[[], Generation], list[int]]:
+    language = held.language
+    [prompt_ids] = _ids(language, [asked.prompt], asked.prepend_bos)
+    if not prompt_ids:
+        raise BadInput(f"The prompt is empty, and {asked.model.id} has no token that begins a text. Write something.")
+    limit = min(worker.settings.max_text_tokens, language.card.n_ctx)
+    _check_lengths([prompt_ids], limit, asked.model.id)
+    if len(prompt_ids) + asked.max_new_tokens > language.card.n_ctx:
+        raise BadInput(
+            f"Prompt of {len(prompt_ids)} tokens and {asked.max_new_tokens} new ones make "
+            f"{len(prompt_ids) + asked.max_new_tokens}; {asked.model.id} reads {language.card.n_ctx}."
+        )
+    _check_fits(held, [(direction.sae, direction.latent) for direction in asked.directions])
+    directions = [(held.saes[d.sae.path], d.latent, d.coefficient) for d in asked.directions]
+    for _, _, coefficient in directions:
+        if not math.isfinite(coefficient):
+            raise BadInput(f"A steering coefficient is {coefficient}; it must be a finite number.")
+
+    def start() -> Generation:
+        return Generation(language, prompt_ids, edits_of(directions, asked.method, language.device), asked)
+
+    return start, prompt_ids
+
+
+async def status(worker: Worker, _request: Request) -> Response:
+    residents, loading = worker.residents.list()
+    answer = WorkerStatus(
+        device=worker.residents.device,
+        dtype=str(worker.residents.dtype).removeprefix("torch."),
+        memory_bytes=worker.residents.budget_bytes,
+        used_bytes=worker.residents.used_bytes,
+        residents=residents,
+        loading=loading,
+        waiting=worker.lane.admitted,
+        max_queue=worker.lane.max_queue,
+    )
+    return _json(answer.model_dump())
+
+
+def _answering(
+    worker: Worker, handle: Callable[[Worker, Request], Awaitable[Response]]
+) -> Callable[[Request], Awaitable[Response]]:
+    """Run a route with its request id bound to the log, and its errors as JSON with their status."""
+
+    async def route(request: Request) -> Response:
+        structlog.contextvars.bind_contextvars(request_id=request.headers.get("x-request-id", ""))
+        try:
+            return await handle(worker, request)
+        except AtlasError as error:
+            headers = {"retry-after": str(error.retry_after)} if error.retry_after else None
+            return _json({"error": error.message}, error.status, headers)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except Exception:
+            logger.exception("request failed", path=request.url.path)
+            return _json({"error": "The gpu worker failed at this request; its log has the cause."}, 500)
+
+    return route
+
+
+async def _body(request: Request, message: type[M]) -> M:
+    try:
+        return message.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _ids(language: LanguageModel, texts: list[str], prepend_bos: bool) -> list[list[int]]:
+    return [language.to_ids(text, prepend_bos) for text in texts]
+
+
+def _check_lengths(rows: list[list[int]], limit: int, model: str) -> None:
+    for n, row in enumerate(rows, 1):
+        if len(row) > limit:
+            which = "The text" if len(rows) == 1 else f"Text {n}"
+            raise BadInput(f"{which} is {len(row)} tokens; {model} reads {limit} here. Shorten it.")
+        if not row:
+            raise BadInput("The text is empty. Write something.")
+
+
+def _check_fits(held: Held, asked: list[tuple[SaeRef, int]]) -> None:
+    """The SAE's width against its hook's in this model, and latents against the SAE's."""
+    for sae, latent in asked:
+        coder = held.saes[sae.path]
+        size = held.language.hook_size(coder.hook_name)
+        if coder.d_in != size:
+            raise BadInput(f"{sae.id} reads {coder.d_in} numbers, {coder.hook_name} has {size}: not its model.")
+        if not 0 <= latent < coder.d_sae:
+            raise BadInput(f"Feature {latent} of {sae.id} does not exist; it has 0 to {coder.d_sae - 1}.")
+
+
+def _plain(message: BaseModel) -> dict[str, Any]:
+    return message.__dict__
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, "application/json")
+
+
+def _line(event: BaseModel) -> bytes:
+    return orjson.dumps(event.__dict__) + b"\n"
