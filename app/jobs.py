@@ -48,7 +48,7 @@ def metrics(session: Session, job_id: int) -> list[JobMetric]:
 
 
 def cancel(session: Session, job_id: int) -> Job:
-    """Cancel a job: at once when it is queued, within a step's next report when it runs. An ended job stays as it is."""
+    """Cancel a job: at once when queued, at its next report when it runs. An ended job stays as it is."""
     waiting = update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED)
     session.execute(waiting.values(state=JobState.CANCELLED, status="Cancelled before it started", ended_at=now()))
     running = update(Job).where(Job.id == job_id, Job.state == JobState.RUNNING)

@@ -22,44 +22,64 @@ class Settings(BaseSettings):
         default_factory=lambda: platformdirs.user_data_path("sae-atlas"),
         description="Everything SAE Atlas stores: database, models, SAEs, corpora, job checkpoints.",
     )
-    host: str = Field("127.0.0.1", description="Address the web server binds. Only loopback is accepted for now.")
-    port: int = Field(3000, ge=0, le=65535, description="Port of the web server.")
+    host: str = Field(
+        default="127.0.0.1", description="Address the web server binds. Only loopback is accepted for now."
+    )
+    port: int = Field(default=3000, ge=0, le=65535, description="Port of the web server.")
     database_url: str = Field(
-        "", description="SQLAlchemy URL of the catalog; empty means SQLite in the data directory."
+        default="", description="SQLAlchemy URL of the catalog; empty means SQLite in the data directory."
     )
     jobs_database_url: str = Field(
-        "",
+        default="",
         description="URL of the dbos job queue; empty means the catalog's Postgres, or SQLite in the data directory.",
     )
     worker_socket: str = Field(
-        "", description="Unix socket of the gpu worker; empty means one derived from the data directory."
+        default="", description="Unix socket of the gpu worker; empty means one derived from the data directory."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where models and SAEs are computed.")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto", description="Where models and SAEs are computed."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of the language model; auto is float32 on CPU and bfloat16 on CUDA."
+        default="auto", description="Precision of the language model; auto is float32 on CPU and bfloat16 on CUDA."
     )
-    threads: int = Field(0, ge=0, description="CPU threads torch uses in each worker; 0 leaves torch's choice.")
+    threads: int = Field(default=0, ge=0, description="CPU threads torch uses in each worker; 0 leaves torch's choice.")
     memory_bytes: int = Field(
-        0, ge=0, description="Byte budget for resident models and SAEs; 0 means 60 % of the device's memory."
+        default=0, ge=0, description="Byte budget for resident models and SAEs; 0 means 60 % of the device's memory."
     )
-    max_text_tokens: int = Field(4096, ge=1, description="Longest text accepted for activations, in tokens.")
-    max_text_bytes: int = Field(200_000, ge=1, description="Longest text accepted before it is tokenised, in bytes.")
-    max_texts: int = Field(64, ge=1, description="Most texts in one request.")
-    max_new_tokens: int = Field(512, ge=1, description="Most tokens one steering run generates.")
-    max_steer_features: int = Field(32, ge=1, description="Most features steered in one run.")
-    max_queue: int = Field(64, ge=1, description="Requests that may wait for the gpu worker; one more is answered 429.")
-    request_seconds: float = Field(60.0, gt=0, description="Deadline of a request to the gpu worker, in seconds.")
-    max_sae_bytes: int = Field(16 * 2**30, ge=1, description="Largest SAE file accepted, in bytes.")
-    max_d_sae: int = Field(2**20, ge=1, description="Widest SAE accepted, in latents.")
-    cache_bytes: int = Field(50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes.")
-    beat_seconds: float = Field(5.0, gt=0, description="How often a trainer says that it is alive.")
-    takeover_seconds: float = Field(30.0, gt=0, description="Silence after which another trainer takes a job over.")
-    slot: int = Field(0, ge=0, description="Number of this trainer on its machine; one trainer process per GPU.")
-    max_waiting_jobs: int = Field(1000, ge=1, description="Jobs that may wait in the queue; one more is answered 429.")
+    max_text_tokens: int = Field(default=4096, ge=1, description="Longest text accepted for activations, in tokens.")
+    max_text_bytes: int = Field(
+        default=200_000, ge=1, description="Longest text accepted before it is tokenised, in bytes."
+    )
+    max_texts: int = Field(default=64, ge=1, description="Most texts in one request.")
+    max_new_tokens: int = Field(default=512, ge=1, description="Most tokens one steering run generates.")
+    max_steer_features: int = Field(default=32, ge=1, description="Most features steered in one run.")
+    max_queue: int = Field(
+        default=64, ge=1, description="Requests that may wait for the gpu worker; one more is answered 429."
+    )
+    request_seconds: float = Field(
+        default=60.0, gt=0, description="Deadline of a request to the gpu worker, in seconds."
+    )
+    max_sae_bytes: int = Field(default=16 * 2**30, ge=1, description="Largest SAE file accepted, in bytes.")
+    max_d_sae: int = Field(default=2**20, ge=1, description="Widest SAE accepted, in latents.")
+    cache_bytes: int = Field(
+        default=50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes."
+    )
+    beat_seconds: float = Field(default=5.0, gt=0, description="How often a trainer says that it is alive.")
+    takeover_seconds: float = Field(
+        default=30.0, gt=0, description="Silence after which another trainer takes a job over."
+    )
+    slot: int = Field(
+        default=0, ge=0, description="Number of this trainer on its machine; one trainer process per GPU."
+    )
+    max_waiting_jobs: int = Field(
+        default=1000, ge=1, description="Jobs that may wait in the queue; one more is answered 429."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Least severity that is logged."
+        default="INFO", description="Least severity that is logged."
     )
-    log_format: Literal["console", "json"] = Field("console", description="Log lines for people or for machines.")
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="Log lines for people or for machines."
+    )
 
     @cached_property
     def catalog_url(self) -> str:
@@ -76,7 +96,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def socket_path(self) -> Path:
-        """The worker's socket. Unix limits its path to 107 bytes, so a deep data directory gets one in the temp directory."""
+        """The worker's socket. Unix limits its path to 107 bytes: a deep data directory gets one in the temp folder."""
         if self.worker_socket:
             return Path(self.worker_socket)
         path = self.data_dir / "run" / "worker.sock"

@@ -1,4 +1,4 @@
-"""Kinds of durable jobs: the interface each implements and the registry of them. Knows the catalog, not dbos, not torch.
+"""Kinds of durable jobs: the interface each implements and their registry. Knows the catalog, not dbos, not torch.
 
 A kind plans a job as named steps. The executor makes each name a durable step: a job whose process dies goes on at the
 step it was in, so `run` must be idempotent (temporary file and rename, upserts).
@@ -52,15 +52,19 @@ class JobContext:
     n_steps: int = 1
     _last: list[float] = field(default_factory=lambda: [0.0])
 
-    def report(self, share_of_step: float, status: str) -> None:
-        """Say how far the step is (0..1), cheaply enough for an inner loop. Raises Cancelled when cancel was asked."""
+    def report(self, share_of_step: float, status: str = "") -> None:
+        """Say how far the step is (0..1), cheaply enough for an inner loop. Raises Cancelled when cancel was asked.
+
+        An empty status leaves the latest one standing.
+        """
         if time.monotonic() - self._last[0] < REPORT_SECONDS and share_of_step < 1:
             return
         self._last[0] = time.monotonic()
         self.check()
         done = (self.step_index + min(max(share_of_step, 0.0), 1.0)) / self.n_steps
+        values = {"done": done, "status": status} if status else {"done": done}
         with self.sessions.begin() as session:
-            session.execute(update(Job).where(Job.id == self.job_id).values(done=done, status=status))
+            session.execute(update(Job).where(Job.id == self.job_id).values(values))
 
     def check(self) -> None:
         """Raise Cancelled when cancel was asked, Superseded when another trainer has the job. Not throttled."""
@@ -99,7 +103,7 @@ class JobKind(ABC):
 
     @abstractmethod
     def plan(self, context: JobContext) -> list[str]:
-        """Return the names of the steps, in order; asked once, then kept. Chunks of 5-30 s make cancel and resume quick."""
+        """Return the names of the steps, in order; asked once, then kept. Steps of 5-30 s make resuming cheap."""
 
     @abstractmethod
     def run(self, context: JobContext, step: str) -> None:

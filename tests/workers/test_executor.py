@@ -1,0 +1,335 @@
+"""Durable jobs, with real trainer processes that are really killed."""
+
+from __future__ import annotations
+
+import base64
+import os
+import pickle
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from app import db, jobs
+from app.errors import Busy, Conflict, NotFound
+from app.settings import Settings
+from app.tables import Job, JobState
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Bench:
+    """A data directory with a migrated catalog, and trainers on it."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        self.settings = settings
+        self.sessions = db.sessions(engine)
+        self.trainers: list[subprocess.Popen[bytes]] = []
+
+    def trainer(self, slot: int = 0) -> subprocess.Popen[bytes]:
+        log = (self.settings.data_dir / f"trainer-{slot}.log").open("ab")
+        environment = {
+            **os.environ,
+            "SAE_ATLAS_DATA_DIR": str(self.settings.data_dir),
+            "SAE_ATLAS_DATABASE_URL": self.settings.database_url,
+            "SAE_ATLAS_SLOT": str(slot),
+            "SAE_ATLAS_BEAT_SECONDS": str(self.settings.beat_seconds),
+            "SAE_ATLAS_TAKEOVER_SECONDS": str(self.settings.takeover_seconds),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.workers.toy_trainer"],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        self.trainers.append(process)
+        return process
+
+    def submit(self, **spec: Any) -> int:
+        with self.sessions.begin() as session:
+            return jobs.submit(session, self.settings, "toy", "toy", spec).id
+
+    def job(self, job_id: int) -> Job:
+        with self.sessions() as session:
+            return jobs.get(session, job_id)
+
+    def ended(self, job_id: int) -> Job:
+        self.until(lambda: JobState(self.job(job_id).state).ended and not self.job(job_id).cancel_requested)
+        return self.job(job_id)
+
+    def until(self, condition: Callable[[], Any], seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
+    def starts(self, job_id: int) -> list[str]:
+        file = self.settings.job_dir(job_id) / "starts"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def log(self) -> str:
+        return "\n".join(p.read_text() for p in self.settings.data_dir.glob("trainer-*.log"))[-6000:]
+
+    def close(self) -> None:
+        for process in self.trainers:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    settings = Settings(data_dir=tmp_path, beat_seconds=0.3, takeover_seconds=3.0)
+    engine = db.connect(settings)
+    db.migrate(engine)
+    bench = Bench(settings, engine)
+    yield bench
+    bench.close()
+    engine.dispose()
+
+
+def test_a_job_runs_its_steps_in_order_and_keeps_its_curve(bench: Bench) -> None:
+    job_id = bench.submit(steps=3)
+    bench.trainer()
+    job = bench.ended(job_id)
+    assert job.state == JobState.DONE, job.error
+    assert job.result == {
+        "text": "part-0 after 0\npart-1 after 1\npart-2 after 2\n",
+        "url": f"/jobs/{job_id}",
+    }
+    assert (job.done, job.status) == (1.0, "part-2 done")
+    with bench.sessions() as session:
+        assert [(m.step, m.values) for m in jobs.metrics(session, job_id)] == [(i, {"loss": 1.0}) for i in range(3)]
+    assert job.created_at <= (job.started_at or job.created_at) <= (job.ended_at or job.created_at)
+
+
+def test_a_job_whose_trainer_is_killed_in_mid_step_goes_on_at_that_step_with_the_same_outcome(bench: Bench) -> None:
+    job_id = bench.submit(steps=3, seconds=0.6)
+    first = bench.trainer()
+    bench.until(lambda: len(bench.starts(job_id)) == 2)
+    first.kill()
+    first.wait()
+    second = bench.trainer()
+    job = bench.ended(job_id)
+    assert [line.split() for line in bench.starts(job_id)] == [
+        ["part-0", str(first.pid)],
+        ["part-1", str(first.pid)],
+        ["part-1", str(second.pid)],
+        ["part-2", str(second.pid)],
+    ]
+    assert job.result["text"] == "part-0 after 0\npart-1 after 1\npart-2 after 2\n"
+
+
+def test_another_trainer_takes_the_job_of_a_stopped_one_over_and_the_stopped_one_ends_itself(bench: Bench) -> None:
+    job_id = bench.submit(steps=2, seconds=2.5)
+    silent = bench.trainer()
+    bench.until(lambda: len(bench.starts(job_id)) == 1)
+    silent.send_signal(signal.SIGSTOP)
+    bench.trainer(slot=1)
+    bench.until(lambda: len(bench.starts(job_id)) >= 2)
+    silent.send_signal(signal.SIGCONT)
+    assert silent.wait(timeout=20) == 75
+    job = bench.ended(job_id)
+    assert job.state == JobState.DONE
+    assert job.executor.endswith("-1")
+
+
+def test_two_trainers_share_the_queue(bench: Bench) -> None:
+    ids = [bench.submit(steps=1, seconds=3.0) for _ in range(2)]
+    trainers = {str(bench.trainer(slot=slot).pid) for slot in range(2)}
+    bench.until(lambda: all(bench.starts(job_id) for job_id in ids))
+    assert {bench.starts(job_id)[0].split()[1] for job_id in ids} == trainers
+    assert {bench.ended(job_id).state for job_id in ids} == {JobState.DONE}
+
+
+def test_one_trainer_runs_one_job_at_a_time(bench: Bench) -> None:
+    ids = [bench.submit(steps=1, seconds=0.8) for _ in range(3)]
+    bench.trainer()
+    seen: list[int] = []
+
+    def all_done() -> bool:
+        states = [bench.job(job_id).state for job_id in ids]
+        seen.append(states.count(JobState.RUNNING))
+        return states == [JobState.DONE] * 3
+
+    bench.until(all_done)
+    assert max(seen) == 1
+
+
+def test_a_running_job_is_cancelled_within_its_step_and_resumed_without_repeating_what_was_done(bench: Bench) -> None:
+    job_id = bench.submit(steps=2, seconds=3.0)
+    bench.trainer()
+    bench.until(lambda: len(bench.starts(job_id)) == 2)
+    asked = time.monotonic()
+    with bench.sessions.begin() as session:
+        jobs.cancel(session, job_id)
+    assert bench.ended(job_id).state == JobState.CANCELLED
+    assert time.monotonic() - asked < 2.5
+    with bench.sessions.begin() as session:
+        jobs.resume(session, job_id)
+    assert bench.ended(job_id).state == JobState.DONE
+    assert [line.split()[0] for line in bench.starts(job_id)] == ["part-0", "part-1", "part-1"]
+
+
+def test_a_queued_job_is_cancelled_at_once_and_never_starts(bench: Bench) -> None:
+    cancelled, other = bench.submit(steps=1), bench.submit(steps=1)
+    with bench.sessions.begin() as session:
+        assert jobs.cancel(session, cancelled).state == JobState.CANCELLED
+    bench.trainer()
+    bench.ended(other)
+    assert bench.starts(cancelled) == []
+    with bench.sessions.begin() as session:
+        jobs.resume(session, cancelled)
+    assert bench.ended(cancelled).state == JobState.DONE
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("known", "Text is 9 tokens; 8 fit."),
+        ("unknown", "ZeroDivisionError: by zero"),
+        ("disk", "The disk is full: "),
+    ],
+)
+def test_a_failed_job_says_why_and_resumes_at_the_step_that_failed(bench: Bench, how: str, sentence: str) -> None:
+    job_id = bench.submit(steps=2, fail="part-1", how=how)
+    bench.trainer()
+    job = bench.ended(job_id)
+    assert job.state == JobState.FAILED
+    assert job.error.startswith(sentence)
+    (bench.settings.job_dir(job_id) / "mended").touch()
+    with bench.sessions.begin() as session:
+        jobs.resume(session, job_id)
+    assert bench.ended(job_id).state == JobState.DONE
+    assert [line.split()[0] for line in bench.starts(job_id)] == ["part-0", "part-1", "part-1"]
+
+
+def test_a_job_that_cannot_be_planned_or_is_of_an_unknown_kind_fails_with_a_sentence(bench: Bench) -> None:
+    unplanned = bench.submit(steps=1, how="plan")
+    with bench.sessions.begin() as session:
+        unknown = jobs.submit(session, bench.settings, "knit", "knit", {}).id
+    bench.trainer()
+    assert bench.ended(unplanned).error == "No steps: 0 asked, 1 needed."
+    assert bench.ended(unknown).error.startswith("No job kind is called 'knit'")
+
+
+def test_a_job_that_waits_while_no_trainer_runs_is_taken_up_later_though_nothing_but_its_row_exists(
+    bench: Bench,
+) -> None:
+    job_id = bench.submit(steps=1)
+    assert not (bench.settings.data_dir / "jobs.sqlite").exists()
+    bench.trainer()
+    assert bench.ended(job_id).state == JobState.DONE
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.target),))
+
+
+def test_a_planted_pickle_ends_as_a_job_error_and_nothing_is_executed(bench: Bench, tmp_path: Path) -> None:
+    blocker, victim = bench.submit(steps=1, seconds=3.0), bench.submit(steps=1)
+    trainer = bench.trainer()
+    bench.until(lambda: bench.job(victim).workflow_id != "" and bench.starts(blocker))
+    bomb = base64.b64encode(pickle.dumps({"args": (Bomb(tmp_path / "boom"),), "kwargs": {}})).decode()
+    with sqlite3.connect(bench.settings.data_dir / "jobs.sqlite", timeout=30) as connection:
+        for table in ("workflow_status", "workflow_input"):
+            connection.execute(f"UPDATE {table} SET inputs = ? WHERE workflow_uuid = ?", (bomb, f"job-{victim}"))
+        connection.execute(
+            "UPDATE workflow_status SET serialization = 'py_pickle' WHERE workflow_uuid = ?", (f"job-{victim}",)
+        )
+        changed = connection.execute(
+            "SELECT count(*) FROM workflow_status WHERE serialization = 'py_pickle' AND status = 'ENQUEUED'"
+        ).fetchone()
+    assert changed == (1,)
+    job = bench.ended(victim)
+    assert job.state == JobState.FAILED
+    assert "could not be read" in job.error
+    assert not (tmp_path / "boom").exists()
+    assert bench.ended(blocker).state == JobState.DONE
+    assert trainer.poll() is None
+
+
+def test_a_planted_step_result_is_not_unpickled_either(bench: Bench, tmp_path: Path) -> None:
+    job_id = bench.submit(steps=2, seconds=0.8)
+    trainer = bench.trainer()
+    bench.until(lambda: len(bench.starts(job_id)) == 2)
+    trainer.kill()
+    trainer.wait()
+    bomb = base64.b64encode(pickle.dumps(Bomb(tmp_path / "boom"))).decode()
+    with sqlite3.connect(bench.settings.data_dir / "jobs.sqlite", timeout=30) as connection:
+        planted = connection.execute("UPDATE operation_outputs SET output = ?, serialization = 'py_pickle'", (bomb,))
+        assert planted.rowcount >= 2
+    bench.trainer()
+    assert bench.ended(job_id).state == JobState.FAILED
+    assert not (tmp_path / "boom").exists()
+
+
+def test_the_job_file_is_private_and_in_wal_mode(bench: Bench) -> None:
+    bench.trainer()
+    file = bench.settings.data_dir / "jobs.sqlite"
+    bench.until(lambda: file.exists() and file.stat().st_size > 0)
+    bench.until(lambda: sqlite3.connect(file).execute("PRAGMA journal_mode").fetchone() == ("wal",))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_second_trainer_in_the_same_slot_is_refused_with_what_to_set(bench: Bench) -> None:
+    bench.trainer()
+    with bench.sessions() as session:
+        bench.until(lambda: jobs.trainers(session, bench.settings))
+    second = bench.trainer()
+    assert second.wait(timeout=30) == 2
+    assert "SAE_ATLAS_SLOT=1" in bench.log()
+
+
+def test_a_trainer_told_to_stop_leaves_at_once_and_says_so(bench: Bench) -> None:
+    job_id = bench.submit(steps=1, seconds=30.0)
+    trainer = bench.trainer()
+    bench.until(lambda: bench.starts(job_id))
+    asked = time.monotonic()
+    trainer.terminate()
+    assert trainer.wait(timeout=10) == 0
+    assert time.monotonic() - asked < 5
+    with bench.sessions() as session:
+        assert jobs.trainers(session, bench.settings) == []
+    assert bench.job(job_id).state == JobState.RUNNING
+
+
+def test_a_trainer_refuses_a_database_that_waits_for_a_migration(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "workers.trainer"],
+        cwd=REPOSITORY,
+        env={**os.environ, "SAE_ATLAS_DATA_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    assert "Run `sae-atlas migrate`." in result.stderr
+
+
+def test_the_verbs_refuse_what_makes_no_sense(bench: Bench) -> None:
+    settings = bench.settings.model_copy(update={"max_waiting_jobs": 1})
+    job_id = bench.submit(steps=1)
+    with bench.sessions() as session:
+        with pytest.raises(Busy, match="1 jobs wait already, 1 may"):
+            jobs.submit(session, settings, "toy", "toy", {})
+        with pytest.raises(Conflict, match="is queued"):
+            jobs.resume(session, job_id)
+        for unknown in (-1, 0, job_id + 1, 2**63):
+            with pytest.raises(NotFound):
+                jobs.get(session, unknown)
