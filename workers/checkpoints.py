@@ -5,7 +5,6 @@ A directory given by a person is checked by app.weights before it is stored; wha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -48,11 +47,3 @@ def save_sae(
     save_file({name: tensor.detach().to(dtype).contiguous().cpu() for name, tensor in tensors.items()}, scratch)
     os.replace(scratch, directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2))
-
-
-def sae_hash(directory: Path) -> str:
-    """The name of the SAE in content-addressed storage: 16 hex digits over config and weights."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        digest.update((directory / name).read_bytes())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,33 @@
+"""The language model a trainer process has in memory: the last one used, since jobs run one after another."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from app.errors import NotFound
+from app.settings import Settings
+from app.tables import Model
+from workers.language_model import LanguageModel
+from workers.trainer.kinds import JobContext
+
+
+def device(settings: Settings) -> str:
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def model(context: JobContext, model_id: str) -> LanguageModel:
+    """Return the model in float32, loading it on first use."""
+    with context.sessions() as session:
+        if session.get(Model, model_id) is None:
+            raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
+    return _load(context.settings.model_dir(model_id), device(context.settings))
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, where: str) -> LanguageModel:
+    return LanguageModel.load(path, where, torch.float32)
