@@ -1,0 +1,82 @@
+"""Text search over explanations in Neuronpedia's shape: in sources, in a model, in everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from app import search
+from app.api.features import Json
+from app.search import Hit, Results
+from app.web.pages import Db
+
+router = APIRouter(prefix="/explanation", tags=["explanations"])
+
+
+class Everywhere(BaseModel):
+    query: str = Field(max_length=1000)
+    offset: int = Field(0, ge=0, lt=2**31)
+
+
+class InModel(Everywhere):
+    modelId: str = Field(max_length=200)
+
+
+class InSources(InModel):
+    layers: list[str] = Field(default_factory=list[str], max_length=1000)
+    """Source ids; none means all of the model."""
+
+
+@router.post("/search")
+def search_sources(wanted: InSources, session: Db) -> Response:
+    """Explanations of some sources of a model that hold every word of the query."""
+    found = search.labels(session, wanted.query, model_id=wanted.modelId, sources=wanted.layers, offset=wanted.offset)
+    return Json(_results(wanted, found))
+
+
+@router.post("/search-model")
+def search_model(wanted: InModel, session: Db) -> Response:
+    """Explanations of one model that hold every word of the query."""
+    return Json(_results(wanted, search.labels(session, wanted.query, model_id=wanted.modelId, offset=wanted.offset)))
+
+
+@router.post("/search-release")
+@router.post("/search-all")
+def search_everything(wanted: Everywhere, session: Db) -> Response:
+    """Explanations anywhere in the catalog that hold every word of the query."""
+    return Json(_results(wanted, search.labels(session, wanted.query, offset=wanted.offset)))
+
+
+def _results(wanted: BaseModel, found: Results) -> dict[str, Any]:
+    more = {"nextOffset": found.next_offset} if found.next_offset is not None else {}
+    return {
+        "request": wanted.model_dump(),
+        "results": [_hit(hit) for hit in found.hits],
+        "resultsCount": len(found.hits),
+        "hasMore": found.next_offset is not None,
+        **more,
+    }
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    index = str(hit.feature.index)
+    return {
+        "id": str(hit.explanation_id),
+        "modelId": hit.model_id,
+        "layer": hit.source,
+        "index": index,
+        "description": hit.text,
+        "explanationModelName": hit.author,
+        "typeName": hit.method,
+        "cosine_similarity": hit.closeness,
+        "neuron": {
+            "modelId": hit.model_id,
+            "layer": hit.source,
+            "index": index,
+            "maxActApprox": hit.feature.max_act,
+            "frac_nonzero": hit.feature.density,
+        },
+    }

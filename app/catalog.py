@@ -1,0 +1,541 @@
+"""Reads of the catalog: what the pages and the JSON API show. Takes a Session, commits nothing, knows no HTTP.
+
+Each function returns frozen data ready to format. Feature pages cost two queries; tests count them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Float, Integer, func, literal, select, union_all
+from sqlalchemy.orm import Session
+
+from app.errors import NotFound
+from app.protocol import ModelCard, ModelRef, SaeRef
+from app.settings import Settings
+from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, Source
+from app.tokens import Vocabulary, vocabulary
+
+RESERVED = frozenset(
+    {
+        "about",
+        "account",
+        "admin",
+        "api",
+        "assets",
+        "compare",
+        "docs",
+        "events",
+        "explanations",
+        "export",
+        "favicon.ico",
+        "healthz",
+        "help",
+        "import",
+        "jobs",
+        "lists",
+        "login",
+        "logout",
+        "map",
+        "metrics",
+        "models",
+        "new",
+        "notes",
+        "openapi.json",
+        "people",
+        "prompt",
+        "random",
+        "readyz",
+        "redoc",
+        "robots.txt",
+        "search",
+        "settings",
+        "sources",
+        "static",
+        "steer",
+        "teams",
+        "upload",
+    }
+)
+"""First segments of addresses that mean something else: no model may be called so."""
+
+PAGE_SIZE = 50
+DENSE = 0.1
+"""Features active on more than this fraction of tokens are called dense."""
+
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_INDEX = re.compile(r"[0-9]{1,9}", re.ASCII)
+_NEAR = 6
+
+Sort = Literal["index", "density", "max", "label"]
+Kind = Literal["all", "live", "labelled", "dense", "dead"]
+
+
+class NotInCatalog(NotFound):
+    """Nothing lies at this address; `suggestions` are (address, words) of what may have been meant."""
+
+    def __init__(self, message: str, suggestions: Collection[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.suggestions = tuple(suggestions)
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """A source as lists show it, and as pages head it."""
+
+    id: int
+    model_id: str
+    name: str
+    layer: int
+    set_name: str
+    is_default: bool
+    sae_hash: str
+    architecture: str
+    hook_name: str
+    d_in: int
+    d_sae: int
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    origin: Mapping[str, Any]
+    harvest_id: int | None
+    created_at: str
+
+    @property
+    def path(self) -> str:
+        return f"/{self.model_id}/{self.name}"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model with its sources, lowest layer first."""
+
+    card: ModelCard
+    sources: tuple[SourceCard, ...]
+
+    @property
+    def path(self) -> str:
+        return f"/{self.card.id}"
+
+
+@dataclass(frozen=True)
+class HarvestCard:
+    """Which tokens the evidence was gathered on."""
+
+    id: int
+    corpus: str
+    corpus_hash: str
+    about: str
+    tokenizer_hash: str
+    context_size: int
+    bos_token_id: int | None
+    n_tokens: int
+    summary: Mapping[str, Any]
+    created_at: str
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A feature as tables and lists show it."""
+
+    index: int
+    label: str
+    density: float
+    max_act: float
+    top_token: str
+    top_logit: str
+
+    @property
+    def dead(self) -> bool:
+        return self.max_act <= 0
+
+
+@dataclass(frozen=True)
+class ExplanationRow:
+    id: int
+    text: str
+    method: str
+    author: str
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """Everything stored of one feature, its evidence still packed."""
+
+    card: ModelCard
+    source: SourceCard
+    harvest: HarvestCard | None
+    feature: FeatureRow
+    blob: bytes | None
+
+    @property
+    def path(self) -> str:
+        return f"{self.source.path}/{self.feature.index}"
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which features of a source a table shows, in which order. Texts match anywhere, whatever their case."""
+
+    sort: Sort = "index"
+    descending: bool = False
+    page: int = 1
+    label: str = ""
+    token: str = ""
+    logit: str = ""
+    kind: Kind = "all"
+    min_density: float | None = None
+    max_density: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """One page of a filtered feature table."""
+
+    rows: tuple[FeatureRow, ...]
+    total: int
+    filter: Filter
+
+    @property
+    def pages(self) -> int:
+        return max(1, -(-self.total // PAGE_SIZE))
+
+    @property
+    def first(self) -> int:
+        return (self.filter.page - 1) * PAGE_SIZE + 1 if self.rows else 0
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.rows) - 1 if self.rows else 0
+
+
+@dataclass(frozen=True)
+class Home:
+    models: tuple[ModelEntry, ...]
+    samples: tuple[tuple[SourceCard, FeatureRow], ...] = field(default=())
+    """A few labelled features, other ones each time."""
+
+
+def home(session: Session) -> Home:
+    models = tuple(_entries(session))
+    with_evidence = [s for m in models for s in m.sources if s.harvest_id is not None]
+    if not with_evidence:
+        return Home(models)
+    source = random.choice(with_evidence)  # noqa: S311
+    return Home(models, tuple((source, row) for row in _sample(session, source, 8)))
+
+
+def model_entry(session: Session, model_id: str) -> ModelEntry:
+    """Return one model with its sources. Raises NotInCatalog with the nearest names."""
+    if _SLUG.fullmatch(model_id):
+        for entry in _entries(session, Model.id == model_id):
+            return entry
+    raise _unknown_model(session, model_id)
+
+
+def entries(session: Session) -> tuple[ModelEntry, ...]:
+    return tuple(_entries(session))
+
+
+def source_card(session: Session, model_id: str, name: str) -> SourceCard:
+    """Return one source. Raises NotInCatalog with the nearest names."""
+    if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name):
+        found = session.execute(select(Source).where(Source.model_id == model_id, Source.name == name)).scalar()
+        if found is not None:
+            return _source(found)
+    raise _unknown_source(session, model_id, name)
+
+
+def source_page(session: Session, model_id: str, name: str) -> tuple[ModelCard, SourceCard, HarvestCard | None]:
+    """Return a source with its model and the harvest whose evidence is shown, in one query."""
+    if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name):
+        row = session.execute(
+            select(Model, Source, Harvest, Corpus)
+            .join(Source, Source.model_id == Model.id)
+            .outerjoin(Harvest, Harvest.id == Source.harvest_id)
+            .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+            .where(Model.id == model_id, Source.name == name)
+        ).first()
+        if row is not None:
+            return card(row[0]), _source(row[1]), _harvest(row[2], row[3])
+    raise _unknown_source(session, model_id, name)
+
+
+def default_source(session: Session, model_id: str, layer: int) -> SourceCard:
+    """Return the default source of a layer, or its first. Raises NotInCatalog naming the layers there are."""
+    if not _SLUG.fullmatch(model_id):
+        raise _unknown_model(session, model_id)
+    rows = session.execute(
+        select(Source)
+        .where(Source.model_id == model_id, Source.layer == layer)
+        .order_by(Source.is_default.desc(), Source.id)
+        .limit(1)
+    ).scalars()
+    for found in rows:
+        return _source(found)
+    raise _unknown_source(session, model_id, str(layer))
+
+
+def table(session: Session, source: SourceCard, wanted: Filter) -> Table:
+    """Return a page of a source's features and how many there are in all; a page past the end is empty."""
+    where = _conditions(source, wanted)
+    total = session.execute(select(func.count()).select_from(Feature).where(*where)).scalar_one()
+    columns = {"index": Feature.index, "density": Feature.density, "max": Feature.max_act, "label": Feature.label}
+    column = columns[wanted.sort]
+    order = column.desc() if wanted.descending else column.asc()
+    rows = session.execute(
+        select(Feature)
+        .where(*where)
+        .order_by(order, Feature.index)
+        .limit(PAGE_SIZE)
+        .offset((wanted.page - 1) * PAGE_SIZE)
+    ).scalars()
+    return Table(tuple(_row(feature) for feature in rows), total, wanted)
+
+
+def random_feature(session: Session, source: SourceCard, wanted: Filter | None = None) -> int:
+    """Return a live feature of a source, each equally likely, out of those a filter lets through."""
+    if wanted is None or wanted == Filter(sort=wanted.sort, descending=wanted.descending, page=wanted.page):
+        for row in _sample(session, source, 1, labelled=False):
+            return row.index
+    where = [*_conditions(source, wanted or Filter())]
+    if wanted is None or wanted.kind != "dead":
+        where.append(Feature.max_act > 0)
+    total = session.execute(select(func.count()).select_from(Feature).where(*where)).scalar_one()
+    if not total:
+        raise NotInCatalog(
+            f"No feature of {source.model_id}/{source.name} fits; loosen the filter.", [(source.path, source.name)]
+        )
+    offset = random.randrange(total)  # noqa: S311
+    return session.execute(
+        select(Feature.index).where(*where).order_by(Feature.index).offset(offset).limit(1)
+    ).scalar_one()
+
+
+def random_source(session: Session) -> SourceCard:
+    """Return a source that has evidence. Raises NotInCatalog when there is none."""
+    rows = session.execute(select(Source).where(Source.harvest_id.is_not(None))).scalars().all()
+    if not rows:
+        raise NotInCatalog("No SAE has evidence yet. Run `sae-atlas harvest` for one first.", [("/", "Catalog")])
+    return _source(random.choice(rows))  # noqa: S311
+
+
+def parse_index(text: str) -> int:
+    """Return a feature's index from an address. Raises NotInCatalog for anything but a plain number."""
+    if not _INDEX.fullmatch(text):
+        raise NotInCatalog(f"{text[:40]!r} is no feature: an address ends in a number such as 17.")
+    return int(text)
+
+
+def feature_record(session: Session, model_id: str, name: str, index: int) -> FeatureRecord:
+    """Return one feature with source, harvest and packed evidence, in one query. Raises NotInCatalog."""
+    if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name) and 0 <= index < 2**31:
+        row = session.execute(
+            select(Model, Source, Harvest, Corpus, Feature, Evidence.blob)
+            .join(Source, Source.model_id == Model.id)
+            .outerjoin(Harvest, Harvest.id == Source.harvest_id)
+            .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+            .outerjoin(Feature, (Feature.source_id == Source.id) & (Feature.index == index))
+            .outerjoin(Evidence, (Evidence.harvest_id == Harvest.id) & (Evidence.index == index))
+            .where(Model.id == model_id, Source.name == name)
+        ).first()
+        if row is not None and index < row[1].d_sae:
+            source = _source(row[1])
+            feature = _row(row[4]) if row[4] is not None else FeatureRow(index, "", 0.0, 0.0, "", "")
+            return FeatureRecord(card(row[0]), source, _harvest(row[2], row[3]), feature, row[5])
+        if row is not None:
+            raise _past_the_end(_source(row[1]), index)
+    raise _unknown_source(session, model_id, name, index)
+
+
+def related(
+    session: Session, source: SourceCard, index: int, others: Collection[int]
+) -> tuple[tuple[ExplanationRow, ...], dict[int, FeatureRow]]:
+    """Return a feature's explanations, best first, and the rows of other features of its source, in one query."""
+    explanations = select(
+        Explanation.id.label("key"),
+        Explanation.text.label("text"),
+        Explanation.method.label("method"),
+        Explanation.author.label("author"),
+        literal(None, Float()).label("density"),
+        literal(None, Float()).label("max_act"),
+        literal(0, Integer()).label("kind"),
+    ).where(Explanation.source_id == source.id, Explanation.index == index)
+    features = select(
+        Feature.index,
+        Feature.label,
+        Feature.top_token,
+        Feature.top_logit,
+        Feature.density,
+        Feature.max_act,
+        literal(1, Integer()),
+    ).where(Feature.source_id == source.id, Feature.index.in_(sorted(set(others))))
+    rows = session.execute(union_all(explanations, features)).all()
+    found = sorted((r for r in rows if r.kind == 0), key=lambda r: (r.method == "heuristic", r.key))
+    return (
+        tuple(ExplanationRow(r.key, r.text, r.method, r.author) for r in found),
+        {r.key: FeatureRow(r.key, r.text, r.density, r.max_act, r.method, r.author) for r in rows if r.kind == 1},
+    )
+
+
+def rows(session: Session, source: SourceCard, indices: Collection[int]) -> dict[int, FeatureRow]:
+    """Return features of a source by index, in as few queries as parameter limits allow."""
+    wanted = sorted(set(indices))
+    found: dict[int, FeatureRow] = {}
+    for start in range(0, len(wanted), 5000):
+        chunk = select(Feature).where(Feature.source_id == source.id, Feature.index.in_(wanted[start : start + 5000]))
+        found |= {feature.index: _row(feature) for feature in session.execute(chunk).scalars()}
+    return found
+
+
+def sae_ref(settings: Settings, source: SourceCard) -> SaeRef:
+    return SaeRef(id=f"{source.model_id}/{source.name}", path=str(settings.sae_dir(source.sae_hash)))
+
+
+def model_ref(settings: Settings, model_id: str) -> ModelRef:
+    return ModelRef(id=model_id, path=str(settings.model_dir(model_id)))
+
+
+def vocabulary_of(settings: Settings, model_id: str) -> Vocabulary:
+    return vocabulary(settings.model_dir(model_id) / "vocabulary.json")
+
+
+def card(model: Model) -> ModelCard:
+    return ModelCard.model_validate(model.card)
+
+
+def _entries(session: Session, *where: ColumnElement[bool]) -> list[ModelEntry]:
+    models = session.execute(select(Model).where(*where).order_by(Model.name)).scalars().all()
+    if not models:
+        return []
+    ids = [model.id for model in models]
+    found = session.execute(
+        select(Source).where(Source.model_id.in_(ids)).order_by(Source.layer, Source.is_default.desc(), Source.name)
+    ).scalars()
+    by_model: dict[str, list[SourceCard]] = {}
+    for source in found:
+        by_model.setdefault(source.model_id, []).append(_source(source))
+    return [ModelEntry(card(model), tuple(by_model.get(model.id, ()))) for model in models]
+
+
+def _source(source: Source) -> SourceCard:
+    return SourceCard(
+        id=source.id,
+        model_id=source.model_id,
+        name=source.name,
+        layer=source.layer,
+        set_name=source.set_name,
+        is_default=source.is_default,
+        sae_hash=source.sae_hash,
+        architecture=source.architecture,
+        hook_name=source.hook_name,
+        d_in=source.d_in,
+        d_sae=source.d_sae,
+        config=source.config,
+        metrics=source.metrics,
+        origin=source.origin,
+        harvest_id=source.harvest_id,
+        created_at=source.created_at.isoformat(),
+    )
+
+
+def _harvest(harvest: Harvest | None, corpus: Corpus | None) -> HarvestCard | None:
+    if harvest is None or corpus is None:
+        return None
+    return HarvestCard(
+        id=harvest.id,
+        corpus=corpus.name,
+        corpus_hash=corpus.hash,
+        about=corpus.about,
+        tokenizer_hash=harvest.tokenizer_hash,
+        context_size=harvest.context_size,
+        bos_token_id=harvest.bos_token_id,
+        n_tokens=harvest.n_tokens,
+        summary=harvest.summary,
+        created_at=harvest.created_at.isoformat(),
+    )
+
+
+def _row(feature: Feature) -> FeatureRow:
+    return FeatureRow(
+        feature.index, feature.label, feature.density, feature.max_act, feature.top_token, feature.top_logit
+    )
+
+
+def like(column: ColumnElement[str] | Any, text: str) -> ColumnElement[bool]:
+    """Return a condition: the text occurs in the column, whatever wildcards or case it holds."""
+    escaped = re.sub(r"([\\%_])", r"\\\1", text.lower().replace("\0", ""))
+    return func.lower(column).like(f"%{escaped}%", escape="\\")
+
+
+def _conditions(source: SourceCard, wanted: Filter) -> list[ColumnElement[bool]]:
+    where: list[ColumnElement[bool]] = [Feature.source_id == source.id]
+    for column, text in (
+        (Feature.label, wanted.label),
+        (Feature.top_token, wanted.token),
+        (Feature.top_logit, wanted.logit),
+    ):
+        if text:
+            where.append(like(column, text))
+    if wanted.min_density is not None:
+        where.append(Feature.density >= wanted.min_density)
+    if wanted.max_density is not None:
+        where.append(Feature.density <= wanted.max_density)
+    kinds: dict[Kind, ColumnElement[bool]] = {
+        "live": Feature.max_act > 0,
+        "labelled": Feature.label != "",
+        "dense": Feature.density > DENSE,
+        "dead": Feature.max_act <= 0,
+    }
+    return [*where, kinds[wanted.kind]] if wanted.kind in kinds else where
+
+
+def _sample(session: Session, source: SourceCard, n: int, *, labelled: bool = True) -> list[FeatureRow]:
+    """Return up to n live features at random indices; cheap however wide the SAE is, since few latents are dead."""
+    indices = random.sample(range(source.d_sae), min(source.d_sae, 8 * n + 32))
+    found = [row for row in rows(session, source, indices).values() if not row.dead]
+    if labelled:
+        found = [row for row in found if row.label] or found
+    random.shuffle(found)
+    return found[:n]
+
+
+def _past_the_end(source: SourceCard, index: int) -> NotInCatalog:
+    last = source.d_sae - 1
+    return NotInCatalog(
+        f"{source.model_id}/{source.name} has {source.d_sae} features, 0 to {last}; there is no feature {index}.",
+        [(f"{source.path}/{last}", f"Feature {last}"), (source.path, f"All features of {source.name}")],
+    )
+
+
+def _unknown_model(session: Session, model_id: str) -> NotInCatalog:
+    names = list(session.execute(select(Model.id).order_by(Model.id)).scalars())
+    near = difflib.get_close_matches(model_id[:200], names, _NEAR, 0.3) or names[:_NEAR]
+    return NotInCatalog(
+        f"No model is called {model_id[:60]!r}."
+        if names
+        else "The catalog is empty. Run `sae-atlas demo`, or `sae-atlas model add`.",
+        [(f"/{name}", name) for name in near] or [("/", "Catalog")],
+    )
+
+
+def _unknown_source(session: Session, model_id: str, name: str, index: int | None = None) -> NotInCatalog:
+    usable = _SLUG.fullmatch(model_id) is not None
+    known = usable and session.execute(select(Model.id).where(Model.id == model_id)).scalar() is not None
+    if not known:
+        return _unknown_model(session, model_id)
+    names = list(
+        session.execute(
+            select(Source.name).where(Source.model_id == model_id).order_by(Source.layer, Source.name)
+        ).scalars()
+    )
+    near = difflib.get_close_matches(name[:200], names, _NEAR, 0.3) or names[:_NEAR]
+    end = "" if index is None else f"/{index}"
+    return NotInCatalog(
+        f"{model_id} has no SAE called {name[:60]!r}.",
+        [(f"/{model_id}/{n}{end}", f"{model_id}/{n}{end}") for n in near] or [(f"/{model_id}", model_id)],
+    )

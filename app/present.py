@@ -1,0 +1,383 @@
+"""Evidence into what a page shows: windows of shaded tokens, histograms, lists. Pure: no database, no HTTP, no markup.
+
+Shades are levels 0..10 (0 is inactive), so that a style sheet and not an inline style colours them.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from app.catalog import DENSE, FeatureRow
+from app.evidence import Example, FeatureEvidence, Floats, Ints
+from app.tokens import Vocabulary
+
+LEVELS = 10
+WIDTHS = {"5": 5, "16": 16, "all": 100_000}
+"""Tokens shown on each side of an example's peak, by the name of the width in addresses."""
+
+Width = Literal["5", "16", "all"]
+Contexts = Callable[[int], Sequence[int]]
+"""Token ids of a context of the corpus, first position included."""
+Titles = Callable[[int, int], str]
+"""Title of the document that holds a position of a context."""
+
+_CHART_WIDTH, _CHART_HEIGHT = 300.0, 60.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text in a window: one active token, one special token, or a stretch of inactive ones."""
+
+    text: str
+    level: int = 0
+    tip: str = ""
+    peak: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a context around a feature's peak."""
+
+    context: int
+    pieces: tuple[Piece, ...]
+    cut_before: bool
+    cut_after: bool
+    max: float
+    peak: int
+    title: str
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces if not piece.special)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A window and the ones left out because they read the same."""
+
+    window: Window
+    more: tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Examples whose peak lies in one band of activation."""
+
+    low: float
+    high: float
+    count: int
+    share: float
+    """Of the feature's active tokens, how many lie in the band."""
+    shown: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
+class Tick:
+    at: float
+    text: str
+    anchor: Literal["start", "middle", "end"]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A histogram as one SVG path in a box of `width` x `height` units, and words that say the same."""
+
+    path: str
+    width: float
+    height: float
+    ticks: tuple[Tick, ...]
+    title: str
+    zero: float | None = None
+    """Where the value 0 lies, when inside."""
+
+
+@dataclass(frozen=True)
+class Logit:
+    token: str
+    value: float
+    level: int
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    feature: FeatureRow
+    value: float
+
+
+@dataclass(frozen=True)
+class Neuron:
+    index: int
+    value: float
+    share: float
+    """Of the decoder row's L1 norm."""
+
+
+@dataclass(frozen=True)
+class FeatureView:
+    """All figures of a feature page."""
+
+    n_active: int
+    n_tokens: int
+    density: float
+    max_act: float
+    mean_act: float
+    kind: Literal["dead", "dense", "usual"]
+    top: tuple[Shown, ...]
+    groups: tuple[Group, ...]
+    activations: Chart | None
+    logits: Chart | None
+    positive: tuple[Logit, ...]
+    negative: tuple[Logit, ...]
+    neighbours: tuple[Neighbour, ...]
+    correlated: tuple[Neighbour, ...]
+    neurons: tuple[tuple[int, float], ...]
+    has_text: bool
+    """False when the corpus's tokens are not on this machine."""
+
+
+def feature_view(
+    evidence: FeatureEvidence,
+    words: Vocabulary,
+    others: Mapping[int, FeatureRow],
+    contexts: Contexts | None,
+    titles: Titles | None,
+    *,
+    bos: int | None,
+    special: frozenset[int] = frozenset(),
+    width: Width = "16",
+    per_example: bool = False,
+) -> FeatureView:
+    """Return what the page of a feature shows. Without contexts there are numbers but no examples.
+
+    per_example shades each example by its own highest activation instead of the feature's.
+    """
+
+    def window(example: Example) -> Window:
+        assert contexts is not None
+        full = example.max if per_example else evidence.max_act
+        title = titles(example.context, example.peak) if titles else ""
+        return window_of(example, contexts(example.context), words, WIDTHS[width], full, bos, special, title)
+
+    readable = contexts is not None
+    return FeatureView(
+        n_active=evidence.n_active,
+        n_tokens=evidence.n_tokens,
+        density=evidence.density,
+        max_act=evidence.max_act,
+        mean_act=evidence.mean_act,
+        kind="dead" if evidence.n_active == 0 else "dense" if evidence.density > DENSE else "usual",
+        top=fold([window(example) for example in evidence.top]) if readable else (),
+        groups=_groups(evidence, window) if readable else (),
+        activations=_activations_chart(evidence),
+        logits=_logits_chart(evidence),
+        positive=_logits(evidence.top_logit_ids, evidence.top_logits, words),
+        negative=_logits(evidence.bottom_logit_ids, evidence.bottom_logits, words),
+        neighbours=_neighbours(evidence.neighbours, evidence.cosines, others),
+        correlated=_neighbours(evidence.correlated, evidence.pearson, others),
+        neurons=tuple(zip(evidence.neurons.tolist(), evidence.neuron_weights.tolist(), strict=False)),
+        has_text=readable,
+    )
+
+
+def level(value: float, full: float) -> int:
+    """Return the shade of a value: 0 for inactive, 1..LEVELS in equal bands of (0, full]."""
+    if not value > 0 or not full > 0:
+        return 0
+    return max(1, min(LEVELS, math.ceil(LEVELS * value / full)))
+
+
+def window_of(
+    example: Example,
+    ids: Sequence[int],
+    words: Vocabulary,
+    width: int,
+    full: float,
+    bos: int | None,
+    special: frozenset[int] = frozenset(),
+    title: str = "",
+) -> Window:
+    """Return the tokens within `width` of an example's peak, shaded relative to `full`. The BOS token is not shown."""
+    first = 0 if bos is None else 1
+    peak = example.peak
+    start, end = max(first, peak - width), min(len(ids), peak + width + 1)
+    values = dict(zip(example.positions.tolist(), example.values.tolist(), strict=True))
+    strings = _strings(words, ids, start, end, first)
+    pieces: list[Piece] = []
+    plain: list[str] = []
+    for position, string in zip(range(start, end), strings, strict=True):
+        value = values.get(position, 0.0)
+        token = int(ids[position])
+        if value > 0 or token in special:
+            if plain:
+                pieces.append(Piece("".join(plain)))
+                plain = []
+            tip = f"{amount(value)} · position {position} · token {token}" if value > 0 else ""
+            pieces.append(Piece(string, level(value, full), tip, position == peak, token in special))
+        else:
+            plain.append(string)
+    if plain:
+        pieces.append(Piece("".join(plain)))
+    return Window(example.context, tuple(pieces), start > first, end < len(ids), example.max, peak, title)
+
+
+def fold(windows: Sequence[Window]) -> tuple[Shown, ...]:
+    """Put windows that read the same under the first of them."""
+    seen: dict[str, list[Window]] = {}
+    for window in windows:
+        seen.setdefault(" ".join(window.text.split()).casefold(), []).append(window)
+    return tuple(Shown(same[0], tuple(same[1:])) for same in seen.values())
+
+
+@dataclass(frozen=True)
+class ShadedToken:
+    """A token of somebody's own text."""
+
+    position: int
+    text: str
+    value: float
+    level: int
+    special: bool
+    """A token that the text does not hold, such as BOS."""
+
+
+def shaded(
+    ids: Sequence[int], values: Sequence[float], words: Vocabulary, special: frozenset[int], full: float
+) -> tuple[ShadedToken, ...]:
+    """Return every token of a text with its shade, one string a token."""
+    strings = words.strings(ids)
+    return tuple(
+        ShadedToken(position, string, value, level(value, full), token in special)
+        for position, (token, string, value) in enumerate(zip(ids, strings, values, strict=True))
+    )
+
+
+def histogram(counts: Ints, low: float, high: float, title: str) -> Chart | None:
+    """Return counts in equal bins over [low, high] as a chart with three ticks; None when there is nothing to show."""
+    if counts.size == 0 or not counts.any() or not high > low:
+        return None
+    heights = counts.astype(np.float64) / counts.max() * _CHART_HEIGHT
+    step = _CHART_WIDTH / counts.size
+    path = [f"M0 {_CHART_HEIGHT:g}"]
+    for i, tall in enumerate(heights.tolist()):
+        # A bin that holds anything shows at least a hairline: the rare high activations are what people look for.
+        tall = max(tall, 0.8) if tall > 0 else 0.0
+        path.append(f"V{_CHART_HEIGHT - tall:.1f}H{(i + 1) * step:.1f}")
+    path.append(f"V{_CHART_HEIGHT:g}Z")
+    zero = (0 - low) / (high - low) * _CHART_WIDTH if low < 0 < high else None
+    ticks = (
+        Tick(0, amount(low), "start"),
+        Tick(_CHART_WIDTH / 2, amount((low + high) / 2), "middle"),
+        Tick(_CHART_WIDTH, amount(high), "end"),
+    )
+    return Chart("".join(path), _CHART_WIDTH, _CHART_HEIGHT, ticks, title, zero)
+
+
+def density_chart(summary: Mapping[str, Any]) -> Chart | None:
+    """Return the densities of all live features of an SAE, binned over their logarithm, from a harvest's summary."""
+    found = summary.get("density_histogram")
+    if not isinstance(found, dict):
+        return None
+    counts = np.array(found.get("counts", []), dtype=np.int64)
+    low, high = float(found.get("low", 0)), float(found.get("high", 0))
+    chart = histogram(counts, low, high, f"Histogram of the densities of {int(counts.sum()):,} live features.")
+    if chart is None:
+        return None
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    ticks = tuple(
+        Tick(
+            (p - low) / (high - low) * _CHART_WIDTH,
+            percent(10.0**p),
+            "start" if p == low else "end" if p == high else "middle",
+        )
+        for p in powers
+        if (p - math.ceil(low)) % 2 == 0
+    )
+    return replace(chart, ticks=ticks, zero=None)
+
+
+def amount(value: float) -> str:
+    """Return a number with the three digits that matter."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    decimals = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:.{decimals}f}" if size >= 0.01 else f"{value:.2g}"
+
+
+def percent(share: float) -> str:
+    """Return a fraction as a percentage, exact enough for densities of one in a million."""
+    value = share * 100
+    if value == 0:
+        return "0 %"
+    if value >= 10:
+        return f"{value:.1f} %"
+    return f"{value:.2f} %" if value >= 0.1 else f"{value:.3f} %" if value >= 0.001 else f"{value:.1g} %"
+
+
+def hidden(character: str) -> bool:
+    """Tell whether a character would act on the text around it or not be seen: controls, overrides, zero widths."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def _strings(words: Vocabulary, ids: Sequence[int], start: int, end: int, first: int) -> list[str]:
+    # Read a little more on both sides: a character cut across tokens belongs to the last of them.
+    before, after = max(first, start - 4), min(len(ids), end + 4)
+    strings = words.strings(int(token) for token in ids[before:after])
+    return strings[start - before : len(strings) - (after - end)]
+
+
+def _groups(evidence: FeatureEvidence, window: Callable[[Example], Window]) -> tuple[Group, ...]:
+    return tuple(
+        Group(
+            interval.low,
+            interval.high,
+            interval.count,
+            interval.count / evidence.n_active if evidence.n_active else 0.0,
+            fold([window(example) for example in interval.examples]),
+        )
+        for interval in evidence.intervals
+    )
+
+
+def _activations_chart(evidence: FeatureEvidence) -> Chart | None:
+    title = (
+        f"Histogram of {evidence.n_active:,} non-zero activations between 0 and {amount(evidence.max_act)}; "
+        f"their mean is {amount(evidence.mean_act)}."
+    )
+    return histogram(evidence.histogram, 0.0, evidence.max_act, title)
+
+
+def _logits_chart(evidence: FeatureEvidence) -> Chart | None:
+    low, high = evidence.logits_low, evidence.logits_high
+    title = (
+        f"Histogram of the feature's effect on the logits of {int(evidence.logits_histogram.sum()):,} tokens, "
+        f"from {amount(low)} to {amount(high)}."
+    )
+    return histogram(evidence.logits_histogram, low, high, title)
+
+
+def _logits(ids: Ints, values: Floats, words: Vocabulary) -> tuple[Logit, ...]:
+    full = float(np.abs(values).max()) if values.size else 0.0
+    return tuple(
+        Logit(words.string(int(token)), float(value), level(abs(float(value)), full))
+        for token, value in zip(ids, values, strict=True)
+    )
+
+
+def _neighbours(indices: Ints, values: Floats, others: Mapping[int, FeatureRow]) -> tuple[Neighbour, ...]:
+    return tuple(
+        Neighbour(others.get(index) or FeatureRow(index, "", 0.0, 0.0, "", ""), float(value))
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+        if math.isfinite(value)
+    )

@@ -1,0 +1,119 @@
+"""What every request passes before a route sees it: ids, Host and cross-site checks, security headers. Plain ASGI."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+import time
+from urllib.parse import urlsplit
+
+import orjson
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import log
+
+_logger = log.get("web")
+
+CONTENT_POLICY = (
+    "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
+)
+CHART_POLICY = CONTENT_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+"""For pages that load plotly, which sets style attributes."""
+
+_SAFE = {"GET", "HEAD", "OPTIONS"}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_QUIET = ("/static/", "/healthz", "/readyz")
+
+
+class Guard:
+    """Refuse foreign hosts (400) and cross-site writes (403), name each request, log it, and send safe headers."""
+
+    def __init__(self, app: ASGIApp, loopback: bool) -> None:
+        self.app = app
+        self.loopback = loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        began, status = time.perf_counter(), 0
+
+        async def dressed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _dress(MutableHeaders(scope=message), request_id)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            refusal = self._refusal(scope, headers)
+            if refusal:
+                await _refuse(dressed, *refusal)
+            else:
+                await self.app(scope, receive, dressed)
+            path = str(scope["path"])
+            if not path.startswith(_QUIET):
+                ms = round((time.perf_counter() - began) * 1000, 1)
+                _logger.info("request", method=scope["method"], path=path[:200], status=status, ms=ms)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
+        host = headers.get("host", "")
+        if self.loopback and not is_loopback(_name(host)):
+            return 400, f"This server answers to localhost and 127.0.0.1 only, not to {host[:80]!r}."
+        if scope["method"] not in _SAFE and cross_site(headers):
+            return 403, "A page of another site may not change anything here."
+        return None
+
+
+def is_loopback(name: str) -> bool:
+    """Tell whether a host name is this machine's own."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def cross_site(headers: Headers) -> bool:
+    """Tell whether a browser sent this from another site; programs send neither header.
+
+    Sec-Fetch-Site is absent on plain-http addresses of a local network, so Origin is the fall-back.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    if origin is None:
+        return False
+    return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+
+
+def _name(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rsplit(":", 1)[0].lower() if ":" in host else host.lower()
+
+
+def _dress(headers: MutableHeaders, request_id: str) -> None:
+    headers["x-request-id"] = request_id
+    headers.setdefault("content-security-policy", CONTENT_POLICY)
+    headers.setdefault("x-content-type-options", "nosniff")
+    headers.setdefault("referrer-policy", "same-origin")
+    headers.setdefault("cross-origin-opener-policy", "same-origin")
+
+
+async def _refuse(send: Send, status: int, sentence: str) -> None:
+    body = orjson.dumps({"error": sentence, "message": sentence})
+    start = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body})

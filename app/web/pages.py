@@ -1,0 +1,155 @@
+"""Rendering: one Jinja environment, versioned static files, and what routes depend on (session, settings, worker)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+import jinja2
+import orjson
+from fastapi import Depends, Request
+from markupsafe import Markup, escape
+from sqlalchemy.orm import Session
+from starlette.responses import HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from app import present
+from app.gpu import Worker
+from app.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TEMPLATES, STATIC = ROOT / "templates", ROOT / "static"
+_MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+
+
+def _session(request: Request) -> Iterator[Session]:
+    with request.app.state.sessions() as session:
+        yield session
+
+
+def _settings(request: Request) -> Settings:
+    return request.app.state.settings
+
+
+def _worker(request: Request) -> Worker:
+    return request.app.state.worker
+
+
+Db = Annotated[Session, Depends(_session)]
+Config = Annotated[Settings, Depends(_settings)]
+Gpu = Annotated[Worker, Depends(_worker)]
+
+
+class Pages:
+    """Turns a template and one frozen object into a response."""
+
+    def __init__(self, version: str) -> None:
+        self.env = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self.env.globals["static"] = lambda name: f"/static/{version}/{name}"  # pyright: ignore[reportArgumentType]
+        self.env.filters |= {
+            "amount": present.amount,
+            "percent": present.percent,
+            "shown": shown,
+            "chip": chip,
+            "query": query,
+            "segment": lambda text: quote(str(text), safe=""),
+            "data": data,
+        }
+
+    def html(self, name: str, page: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> HTMLResponse:
+        text = self.env.get_template(name).render(page=page)
+        # Words that people or models wrote may hold lone surrogates, which UTF-8 cannot.
+        return HTMLResponse(text.encode("utf-8", "replace"), status, headers)
+
+
+def render(
+    request: Request, name: str, page: Any, *, status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    return request.app.state.pages.html(name, page, status=status, headers=headers)
+
+
+def partial(request: Request) -> bool:
+    """Tell whether htmx asks for a fragment rather than for a page."""
+    return request.headers.get("hx-request") == "true" and request.headers.get("hx-history-restore-request") != "true"
+
+
+def shown(text: str) -> Markup:
+    """Return model text as markup: escaped, line breaks and tabs marked, characters that would not be seen named.
+
+    A line break is followed by an element that a style sheet may turn into a real one.
+    """
+    if text.isprintable():
+        return escape(text)
+    parts: list[str] = []
+    for character in text:
+        if character == "\n":
+            parts.append('<i class="nl">↵</i><i class="br">\n</i>')
+        elif character in _MARKS:
+            parts.append(f'<i class="nl">{_MARKS[character]}</i>')
+        elif present.hidden(character):
+            parts.append(f'<i class="nl">U+{ord(character):04X}</i>')
+        else:
+            parts.append(str(escape(character)))
+    return Markup("".join(parts))  # noqa: S704 - every character was escaped above
+
+
+def chip(text: str) -> Markup:
+    """Return one token for a list: as `shown`, with spaces at its ends visible."""
+    body = text.strip(" ")
+    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+    if not body:
+        return Markup('<i class="nl">{}</i>').format("␣" * len(text) or "∅")
+    dots = Markup('<i class="ws">{}</i>')
+    return (
+        (dots.format("·" * before) if before else Markup())
+        + shown(body)
+        + (dots.format("·" * after) if after else Markup())
+    )
+
+
+def query(parameters: dict[str, Any]) -> str:
+    """Return `?a=b` of the parameters that are set, or nothing."""
+    kept = {k: v for k, v in parameters.items() if v not in (None, "", [])}
+    return f"?{urlencode(kept, doseq=True)}" if kept else ""
+
+
+def data(value: Any) -> Markup:
+    """Return JSON for a data element: no `<` survives, so no text can end the element."""
+    text = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))  # noqa: S704
+
+
+def static_version() -> str:
+    """Return a name for the state of all static files, so that browsers may keep them for ever."""
+    digest = hashlib.sha256()
+    for path in sorted(STATIC.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(STATIC).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class VersionedStatic(StaticFiles):
+    """Serve /static/{version}/app.css as app.css: for ever under the present version, briefly under any other name."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(directory=STATIC)
+        self.version = version
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        first, _, rest = path.replace("\\", "/").partition("/")
+        versioned = first == self.version
+        response = await super().get_response(rest if versioned else path, scope)
+        kept = "public, max-age=31536000, immutable" if versioned else "no-cache"
+        response.headers["cache-control"] = kept
+        return response

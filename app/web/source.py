@@ -1,0 +1,209 @@
+"""A model's page and an SAE's page: what it is, how good it is, and its features as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field, field_validator
+from starlette.responses import RedirectResponse, Response
+
+from app import catalog
+from app.catalog import Filter, HarvestCard, Kind, SourceCard, Table
+from app.present import Chart, amount, density_chart, percent
+from app.protocol import ModelCard
+from app.web.pages import Db, partial, query, render
+
+router = APIRouter()
+
+_METRICS: dict[str, tuple[str, str]] = {
+    "explained_variance": (
+        "explained variance",
+        "1 − Σ|x − x̂|² ÷ Σ|x − mean(x)|²: how much of the activations' variance the reconstruction keeps. "
+        "Predicting the mean scores 0, a perfect copy 1.",
+    ),
+    "l0": ("l0", "Features active on a token, on average."),
+    "ce_loss_score": (
+        "ce loss score",
+        "(CE zero − CE sae) ÷ (CE zero − CE clean): how much of the model's ability to predict text survives when the "
+        "SAE's reconstruction replaces the activations. 1 is all, 0 is as bad as removing them.",
+    ),
+    "kl_div_score": (
+        "kl score",
+        "The same for the divergence from the model's own predictions: 1 means they do not change, 0 that they change "
+        "as much as by removing the activations.",
+    ),
+    "dead": ("dead", "Features that were never active on the tokens seen; the number depends on how many those are."),
+    "dead_fraction": ("dead", "Share of features that were never active on the tokens seen."),
+    "density": ("mean density", "Fraction of tokens a feature is active on, averaged over features."),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    value: str
+    about: str
+
+
+@dataclass(frozen=True)
+class ModelPage:
+    entry: catalog.ModelEntry
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class TablePage:
+    """The feature table and what its links need."""
+
+    source: SourceCard
+    table: Table
+
+    def link(self, **changes: Any) -> str:
+        """Return the address of this table with some of its filter changed; a change but of page goes to the first."""
+        wanted = replace(self.table.filter, **({"page": 1} | changes))
+        return self.source.path + query(_parameters(wanted))
+
+    def sorting(self, column: str) -> str:
+        """Return the address that sorts by a column, or turns its order round."""
+        now = self.table.filter
+        # Large values are what one looks for first, except in the column of indices and labels.
+        descending = not now.descending if now.sort == column else column in ("density", "max")
+        return self.link(sort=column, descending=descending)
+
+    def order(self, column: str) -> str:
+        if self.table.filter.sort != column:
+            return "none"
+        return "descending" if self.table.filter.descending else "ascending"
+
+    @property
+    def random(self) -> str:
+        wanted = replace(self.table.filter, sort="index", descending=False, page=1)
+        return f"{self.source.path}/random{query(_parameters(wanted))}"
+
+
+@dataclass(frozen=True)
+class SourcePage:
+    card: ModelCard
+    source: SourceCard
+    harvest: HarvestCard | None
+    metrics: tuple[Metric, ...]
+    config: tuple[tuple[str, str], ...]
+    origin: tuple[tuple[str, str], ...]
+    density: Chart | None
+    features: TablePage
+
+
+class FilterQuery(BaseModel):
+    """A table's filter as it stands in addresses; an empty field filters nothing."""
+
+    sort: catalog.Sort = "index"
+    descending: bool = False
+    page: int = Field(1, ge=1, le=10**7)
+    label: str = Field("", max_length=200)
+    token: str = Field("", max_length=100)
+    logit: str = Field("", max_length=100)
+    kind: Kind = "all"
+    min_density: float | None = Field(None, ge=0, le=1)
+    max_density: float | None = Field(None, ge=0, le=1)
+
+    @field_validator("min_density", "max_density", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    def filter(self) -> Filter:
+        return Filter(**self.model_dump())
+
+
+@router.get("/{model}/{source}/random")
+def random_in_source(model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]) -> Response:
+    found = catalog.source_card(session, model, source)
+    return RedirectResponse(f"{found.path}/{catalog.random_feature(session, found, wanted.filter())}", 302)
+
+
+@router.get("/{model}")
+def model_page(request: Request, model: str, session: Db) -> Response:
+    entry = catalog.model_entry(session, model)
+    card = entry.card
+    facts = (
+        ("architecture", card.architecture),
+        ("parameters", f"{card.n_params:,}"),
+        ("layers", str(card.n_layers)),
+        ("d_model", str(card.d_model)),
+        ("heads", f"{card.n_heads} × {card.d_head}"),
+        ("vocabulary", f"{card.d_vocab:,}"),
+        ("context", f"{card.n_ctx:,} tokens"),
+        ("origin", card.origin),
+        ("weights", card.hash[:16]),
+    )
+    return render(request, "model.html", ModelPage(entry, facts))
+
+
+@router.get("/{model}/{source}")
+def source_page(
+    request: Request, model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]
+) -> Response:
+    if source.isascii() and source.isdigit() and len(source) < 6:
+        return RedirectResponse(catalog.default_source(session, model, int(source)).path, 302)
+    if partial(request):
+        found = catalog.source_card(session, model, source)
+        return render(request, "_features.html", TablePage(found, catalog.table(session, found, wanted.filter())))
+    card, found, harvest = catalog.source_page(session, model, source)
+    page = SourcePage(
+        card=card,
+        source=found,
+        harvest=harvest,
+        metrics=metrics(found.metrics),
+        config=facts(found.config),
+        origin=facts(found.origin),
+        density=density_chart(harvest.summary) if harvest else None,
+        features=TablePage(found, catalog.table(session, found, wanted.filter())),
+    )
+    return render(request, "source.html", page)
+
+
+def metrics(found: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """Return the metrics with their explanations, the known ones first."""
+    names = [name for name in _METRICS if name in found] + sorted(name for name in found if name not in _METRICS)
+    return tuple(
+        Metric(
+            _METRICS.get(name, (name.replace("_", " "), ""))[0],
+            _value(name, found[name]),
+            _METRICS.get(name, ("", ""))[1],
+        )
+        for name in names
+        if not isinstance(found[name], dict | list)
+    )
+
+
+def facts(found: Mapping[str, Any], prefix: str = "") -> tuple[tuple[str, str], ...]:
+    """Return nested settings flat, in order, as texts."""
+    flat: list[tuple[str, str]] = []
+    for key, value in found.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat += facts(value, f"{name}.")
+        else:
+            flat.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)[:500]))
+    return tuple(flat)
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name in ("dead_fraction", "density"):
+        return percent(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) <= 1 else amount(value)
+
+
+def _parameters(wanted: Filter) -> dict[str, Any]:
+    usual = asdict(Filter())
+    return {key: _text(value) for key, value in asdict(wanted).items() if value != usual[key]}
+
+
+def _text(value: Any) -> Any:
+    return "true" if value is True else value
