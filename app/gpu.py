@@ -1,4 +1,4 @@
-"""Client of the gpu worker: app.protocol over its Unix socket. The only place of the web side that knows how it is reached.
+"""Client of the gpu worker: app.protocol over its Unix socket. Only this module knows how it is reached.
 
 Every method raises Unavailable when the worker is gone or silent beyond its deadline, and otherwise the error that the
 worker raised.
@@ -7,7 +7,7 @@ worker raised.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ import aiohttp
 import orjson
 import structlog
 from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError
 
-from app.errors import BY_STATUS, AtlasError, Busy, Unavailable
+from app.errors import BY_STATUS, AtlasError, BadInput, Busy, Unavailable
 from app.protocol import (
     EncodeReply,
     EncodeRequest,
@@ -92,9 +93,9 @@ class Worker:
     @asynccontextmanager
     async def _exchange(
         self, method: str, path: str, request: Message | None, timeout: aiohttp.ClientTimeout
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """One request; failures of the connection at any point of it become Unavailable."""
-        body = request.model_dump_json() if request is not None else None
+        body = _body(request) if request is not None else None
         try:
             async with self._session().request(
                 method, _BASE + path, data=body, headers=_headers(), timeout=timeout
@@ -115,6 +116,13 @@ class Worker:
                 connector=aiohttp.UnixConnector(self._path, limit=0), read_bufsize=2**20
             )
         return self._client
+
+
+def _body(request: Message) -> bytes:
+    try:
+        return request.model_dump_json().encode()
+    except PydanticSerializationError:
+        raise BadInput("The text holds a lone surrogate; it is not valid Unicode and has no bytes.") from None
 
 
 def _unavailable(what: str) -> Unavailable:

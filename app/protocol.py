@@ -72,7 +72,7 @@ class SaeQuery(Message):
     """What to read of one SAE: the top k of every position, or the activations of some latents, or both."""
 
     sae: SaeRef
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     latents: list[int] = Field(default_factory=list[int])
 
 
@@ -122,13 +122,13 @@ class GenerateRequest(Message):
     prompt: str
     directions: list[SteerDirection]
     method: SteerMethod = SteerMethod.ADDITIVE
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.7, ge=0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
     freq_penalty: float = 0.0
     """Subtracted from a token's logit once for each time it was generated before."""
     seed: int = 16
-    n_logprobs: int = Field(0, ge=0, le=20)
+    n_logprobs: int = Field(default=0, ge=0, le=20)
     prepend_bos: bool = True
 
 

@@ -23,8 +23,10 @@ from workers.checkpoints import load_sae, save_sae
 from workers.install_model import install
 from workers.language_model import LanguageModel
 
-WORDS = """the cat sat on the mat and the dog ran after it because rain fell all night long over seven hills
-while sailors sang of rivers, bread and iron; nobody knew why the old clock struck thirteen at noon""".split()
+TEXT = (
+    "the cat sat on the mat and the dog ran after it because rain fell all night long over seven hills "
+    "while sailors sang of rivers, bread and iron; nobody knew why the old clock struck thirteen at noon"
+)
 HOOK = "blocks.1.hook_resid_post"
 D_IN, D_SAE, K = 24, 40, 5
 
@@ -66,7 +68,7 @@ def save_tiny_model(directory: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
     torch.manual_seed(7)
     config = LlamaConfig(

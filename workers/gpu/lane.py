@@ -79,7 +79,7 @@ class Lane:
         """Hold a place in the queue. Raises Busy when all are taken."""
         if self.admitted >= self.max_queue:
             raise Busy(
-                f"{self.admitted} requests are with the gpu worker, which takes {self.max_queue}. Try again in a moment."
+                f"{self.admitted} requests are with the gpu worker, which takes {self.max_queue}. Try again in a while."
             )
         self.admitted += 1
         try:
