@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sqlalchemy import ColumnElement, Float, Integer, func, literal, select, union_all
 from sqlalchemy.orm import Session
@@ -345,10 +345,11 @@ def feature_record(session: Session, model_id: str, name: str, index: int) -> Fe
         ).first()
         if row is not None and index < row[1].d_sae:
             source = _source(row[1])
-            feature = _row(row[4]) if row[4] is not None else FeatureRow(index, "", 0.0, 0.0, "", "")
-            return FeatureRecord(card(row[0]), source, _harvest(row[2], row[3]), feature, row[5])
+            feature = cast("Feature | None", row[4])
+            shown = _row(feature) if feature else FeatureRow(index, "", 0.0, 0.0, "", "")
+            return FeatureRecord(card(row[0]), source, _harvest(row[2], row[3]), shown, row[5])
         if row is not None:
-            raise _past_the_end(_source(row[1]), index)
+            raise past_the_end(_source(row[1]), index)
     raise _unknown_source(session, model_id, name, index)
 
 
@@ -504,7 +505,8 @@ def _sample(session: Session, source: SourceCard, n: int, *, labelled: bool = Tr
     return found[:n]
 
 
-def _past_the_end(source: SourceCard, index: int) -> NotInCatalog:
+def past_the_end(source: SourceCard, index: int) -> NotInCatalog:
+    """Return the error for an index that is not below d_sae."""
     last = source.d_sae - 1
     return NotInCatalog(
         f"{source.model_id}/{source.name} has {source.d_sae} features, 0 to {last}; there is no feature {index}.",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import db
-from app.api import explanations, features, health
+from app.api import activations, explanations, features, health, steer, tokenize
 from app.gpu import Worker
 from app.settings import Settings
-from app.web import feature, home, source
+from app.web import docs, feature, home, job, prompt, search, source, steering
 from app.web.guard import Guard, is_loopback
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
@@ -27,7 +24,7 @@ def create_app(settings: Settings) -> FastAPI:
     """Return the application. Its lifespan opens the catalog, whose schema must be the code's, and the worker."""
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         engine = db.connect(settings)
         db.check_schema(engine)
         app.state.engine = engine
@@ -54,16 +51,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     app.add_middleware(Guard, loopback=is_loopback(settings.host))
     app.mount("/static", VersionedStatic(version), name="static")
-    for api in (features, explanations, *_landed("activations", "steer", "tokenize")):
+    for api in (features, explanations, activations, steer, tokenize):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
-    for pages in (home, source):
+    for pages in (home, docs, job, search, steering, prompt, source):
         app.include_router(pages.router, include_in_schema=False)
     # Last: its /{model}/{source}/{index} matches any three segments.
     app.include_router(feature.router, include_in_schema=False)
     return app
-
-
-def _landed(*names: str) -> list[Any]:
-    """The worker's routers that exist already; goes when all three do."""
-    return [import_module(f"app.api.{name}") for name in names if find_spec(f"app.api.{name}")]

@@ -11,6 +11,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from starlette.responses import Response
 
 from app import catalog, evidence, vectors
+from app.api.inputs import FeatureKey, ModelId, SourceId
 from app.catalog import ExplanationRow, FeatureRecord, FeatureRow, SourceCard
 from app.corpora import Stream, tokens_dir
 from app.errors import BadFile
@@ -24,21 +25,14 @@ router = APIRouter(tags=["features"])
 MAX_FEATURES = 200
 _OFFSET_PAGE = 25
 
-Index = Annotated[int | str, Field(description="The feature's index; a number or its digits.")]
 
-
-class FeatureKey(BaseModel):
-    """Names one feature."""
-
-    modelId: str = Field(max_length=200)
-    layer: str = Field(max_length=200, validation_alias=AliasChoices("layer", "source"))
-    index: Index
+class WantedFeature(FeatureKey):
     maxActsToReturn: int | None = Field(None, ge=0, le=1000)
 
 
 class Offset(BaseModel):
-    modelId: str = Field(max_length=200)
-    layer: str = Field(max_length=200, validation_alias=AliasChoices("layer", "source"))
+    modelId: ModelId
+    layer: SourceId = Field(validation_alias=AliasChoices("layer", "source"))
     offset: int = Field(0, ge=0, lt=2**31)
 
 
@@ -59,12 +53,12 @@ def get_feature(model: str, source: str, index: str, session: Db, settings: Conf
 
 @router.post("/features")
 def get_features(
-    wanted: Annotated[list[FeatureKey], Field(max_length=MAX_FEATURES)], session: Db, settings: Config
+    wanted: Annotated[list[WantedFeature], Field(max_length=MAX_FEATURES)], session: Db, settings: Config
 ) -> Response:
     """Several features, in the order asked for."""
     return Json(
         [
-            feature(session, settings, key.modelId, key.layer, catalog.parse_index(str(key.index)), key.maxActsToReturn)
+            feature(session, settings, key.modelId, key.source, catalog.parse_index(key.index), key.maxActsToReturn)
             for key in wanted
         ]
     )
@@ -81,9 +75,9 @@ def get_features_offset(wanted: Offset, session: Db, settings: Config) -> Respon
 
 
 @router.post("/activation/get")
-def get_activations(wanted: FeatureKey, session: Db, settings: Config) -> Response:
+def get_activations(wanted: WantedFeature, session: Db, settings: Config) -> Response:
     """A feature's stored examples, strongest first."""
-    record = catalog.feature_record(session, wanted.modelId, wanted.layer, catalog.parse_index(str(wanted.index)))
+    record = catalog.feature_record(session, wanted.modelId, wanted.source, catalog.parse_index(wanted.index))
     unpacked = evidence.unpack(record.blob) if record.blob is not None else None
     return Json(activations(settings, record, unpacked, wanted.maxActsToReturn))
 

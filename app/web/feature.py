@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form, Query, Request
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import catalog, evidence, present
+from app.api.inputs import check_text
 from app.catalog import ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
 from app.corpora import Stream, tokens_dir
 from app.errors import AtlasError
 from app.evidence import FeatureEvidence
+from app.gpu import Worker
 from app.present import FeatureView, ShadedToken, Width
 from app.protocol import EncodeRequest, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
 from app.web.pages import Config, Db, Gpu, partial, query, render
 from app.web.problems import Problem, of
-from app.web.texts import check_text
 
 router = APIRouter()
 
@@ -209,7 +211,14 @@ async def try_text(
 
 
 async def _try(
-    request: Request, model: str, source: str, index: str, session: Db, settings: Settings, worker: Gpu, text: str
+    request: Request,
+    model: str,
+    source: str,
+    index: str,
+    session: Session,
+    settings: Settings,
+    worker: Worker,
+    text: str,
 ) -> Response:
     number = catalog.parse_index(index)
     record = await run_in_threadpool(catalog.feature_record, session, model, source, number)
@@ -224,7 +233,7 @@ async def _try(
     return render(request, "feature.html", page, status=attempt.problem.status if attempt.problem else 200)
 
 
-async def attempt_text(settings: Settings, worker: Gpu, record: FeatureRecord, text: str) -> Try:
+async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord, text: str) -> Try:
     """Return a feature's activation on every token of a text; a failure becomes part of the answer."""
     if not text.strip():
         return Try(record.path, text)
@@ -233,7 +242,7 @@ async def attempt_text(settings: Settings, worker: Gpu, record: FeatureRecord, t
         request = EncodeRequest(
             model=catalog.model_ref(settings, record.card.id),
             texts=[text],
-            queries=[SaeQuery(sae=catalog.sae_ref(settings, record.source), latents=[record.feature.index])],
+            queries=[SaeQuery(sae=catalog.sae_ref(settings, record.source), top_k=0, latents=[record.feature.index])],
         )
         reply = (await worker.encode(request)).texts[0]
     except AtlasError as error:
@@ -247,7 +256,7 @@ async def attempt_text(settings: Settings, worker: Gpu, record: FeatureRecord, t
 
 
 def load(
-    session: Db,
+    session: Session,
     settings: Settings,
     model: str,
     source: str,
