@@ -1,4 +1,4 @@
-"""A tiny random Llama with its own tokenizer, a tiny SAE, and a real worker process on a Unix socket."""
+"""A tiny random Llama with its own tokenizer, two tiny SAEs, and a real worker process: what tests run against."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from app.protocol import ModelRef, SaeRef
 from app.settings import Settings
-from workers.checkpoints import load_sae, save_sae
+from workers.checkpoints import save_sae
 from workers.install_model import install
-from workers.language_model import LanguageModel
 
 TEXT = (
     "the cat sat on the mat and the dog ran after it because rain fell all night long over seven hills "
@@ -41,10 +38,7 @@ class Tiny:
     standard: SaeRef
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    data_dir = tmp_path_factory.mktemp("data")
-    scratch = tmp_path_factory.mktemp("hf")
+def make(data_dir: Path, scratch: Path) -> Tiny:
     save_tiny_model(scratch)
     install("directory", str(scratch), "tiny", "Tiny", data_dir / "models")
     save_tiny_sae(data_dir / "saes" / "topk", "topk", seed=1)
@@ -111,21 +105,6 @@ def save_tiny_sae(directory: Path, architecture: str, seed: int) -> None:
     save_sae(directory, config, tensors)
 
 
-@pytest.fixture(scope="session")
-def language(tiny: Tiny) -> LanguageModel:
-    return LanguageModel.load(Path(tiny.model.path))
-
-
-@pytest.fixture(scope="session")
-def topk(tiny: Tiny):
-    return load_sae(Path(tiny.topk.path))
-
-
-@pytest.fixture(scope="session")
-def standard(tiny: Tiny):
-    return load_sae(Path(tiny.standard.path))
-
-
 class WorkerProcess:
     """`python -m workers.gpu` with settings of its own."""
 
@@ -158,15 +137,3 @@ class WorkerProcess:
 
 def _variables(settings: Settings) -> dict[str, str]:
     return {f"SAE_ATLAS_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_unset=True).items()}
-
-
-@pytest.fixture(scope="session")
-def worker_settings(tiny: Tiny) -> Settings:
-    return Settings(data_dir=tiny.data_dir, device="cpu", threads=1, request_seconds=20)
-
-
-@pytest.fixture(scope="session")
-def worker_process(worker_settings: Settings) -> Iterator[WorkerProcess]:
-    process = WorkerProcess(worker_settings)
-    yield process
-    process.stop()

@@ -110,7 +110,7 @@ class Residents:
     def _make_room(self, name: str, nbytes: int) -> None:
         if nbytes > self.budget_bytes:
             raise TooLarge(
-                f"{name} needs {_gib(nbytes)}, the worker's whole budget is {_gib(self.budget_bytes)}. "
+                f"{name} needs {_size(nbytes)}, the worker's whole budget is {_size(self.budget_bytes)}. "
                 "Raise SAE_ATLAS_MEMORY_BYTES or use a smaller one."
             )
         idle = [path for path, entry in self._entries.items() if not entry.users and entry.ready.done()]
@@ -118,7 +118,7 @@ class Residents:
         reachable = free + sum(self._entries[path].nbytes for path in idle)
         if nbytes > reachable:
             raise Unavailable(
-                f"{name} needs {_gib(nbytes)}, {_gib(reachable)} free: the rest is in use. Try again soon."
+                f"{name} needs {_size(nbytes)}, {_size(reachable)} free: the rest is in use. Try again soon."
             )
         for path in idle:
             if nbytes <= self.budget_bytes - self.used_bytes:
@@ -171,5 +171,8 @@ def _numel(shape: list[int]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.1f} MiB"
+def _size(nbytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if nbytes >= scale / 2:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes / 2**10:.1f} KiB"

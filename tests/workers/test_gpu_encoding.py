@@ -1,0 +1,102 @@
+"""Activations out of the worker's batches against sae-lens on transformers' own activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE
+
+from app.protocol import SaeActs, SaeQuery
+from tests.tiny import D_SAE, K, Tiny
+from workers.gpu import encoding
+from workers.gpu.encoding import Text, encode
+from workers.language_model import LanguageModel
+from workers.sae.coders import Coder
+
+TEXTS = ["the cat", "rain fell all night long over seven hills", "the dog ran after it because the old clock struck"]
+
+
+def dense(acts: SaeActs) -> np.ndarray:
+    values = np.zeros((len(acts.top_indices), D_SAE))
+    for position, (indices, row) in enumerate(zip(acts.top_indices, acts.top_values, strict=True)):
+        values[position, indices] = row
+    return values
+
+
+def everything(coder: Coder, tiny: Tiny) -> list[tuple[Coder, SaeQuery]]:
+    return [(coder, SaeQuery(sae=tiny.topk, top_k=D_SAE))]
+
+
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_values_equal_sae_lens_on_transformers_activations(
+    name: str, tiny: Tiny, language: LanguageModel, request: pytest.FixtureRequest
+) -> None:
+    coder: Coder = request.getfixturevalue(name)
+    theirs = SAE.load_from_disk(getattr(tiny, name).path)
+    ids = language.to_ids(TEXTS[1])
+    [[acts]] = encode(language, [Text(ids, everything(coder, tiny))])
+    with torch.no_grad():
+        hidden = language.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[2]
+        expected = theirs.encode(hidden)[0]
+    np.testing.assert_allclose(dense(acts), expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_a_text_in_a_padded_batch_has_the_values_it_has_alone(
+    name: str, tiny: Tiny, language: LanguageModel, request: pytest.FixtureRequest
+) -> None:
+    coder: Coder = request.getfixturevalue(name)
+    texts = [Text(language.to_ids(text), everything(coder, tiny)) for text in TEXTS]
+    together = encode(language, texts)
+    for text, [acts] in zip(texts, together, strict=True):
+        [[alone]] = encode(language, [text])
+        np.testing.assert_allclose(dense(acts), dense(alone), atol=1e-4)
+
+
+def test_different_questions_in_one_batch_are_answered_apart(
+    tiny: Tiny, language: LanguageModel, topk: Coder, standard: Coder
+) -> None:
+    ids = [language.to_ids(text) for text in TEXTS]
+    asked = [
+        Text(
+            ids[0], [(standard, SaeQuery(sae=tiny.standard, latents=[7, 3])), (topk, SaeQuery(sae=tiny.topk, top_k=2))]
+        ),
+        Text(ids[1], [(standard, SaeQuery(sae=tiny.standard, latents=[3], top_k=5))]),
+        Text(ids[2], []),
+    ]
+    first, second, third = encode(language, asked)
+    [[whole]] = encode(language, [Text(ids[0], [(standard, SaeQuery(sae=tiny.standard, top_k=D_SAE))])])
+    np.testing.assert_allclose(np.array(first[0].latents), dense(whole)[:, [7, 3]].T, atol=1e-4)
+    assert first[0].top_indices == [[]] * len(ids[0])
+    assert all(len(row) <= 2 for row in first[1].top_indices)
+    assert max(map(len, second[0].top_indices)) == 5
+    assert third == []
+
+
+def test_only_active_latents_leave(tiny: Tiny, language: LanguageModel, topk: Coder) -> None:
+    [[acts]] = encode(language, [Text(language.to_ids(TEXTS[1]), everything(topk, tiny))])
+    assert all(len(row) <= K for row in acts.top_values)
+    assert all(value > 0 for row in acts.top_values for value in row)
+
+
+def test_the_forward_pass_stops_at_the_deepest_hook(tiny: Tiny, language: LanguageModel, topk: Coder) -> None:
+    ran: list[int] = []
+    handles = [
+        block.register_forward_pre_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(language.blocks)
+    ]
+    encode(language, [Text(language.to_ids(TEXTS[0]), everything(topk, tiny))])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]
+
+
+def test_long_texts_are_encoded_in_pieces(
+    tiny: Tiny, language: LanguageModel, standard: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Text(language.to_ids(TEXTS[1]), [(standard, SaeQuery(sae=tiny.standard, top_k=3, latents=[5]))])
+    [[whole]] = encode(language, [text])
+    monkeypatch.setattr(encoding, "PRE_ACTS_BYTES", 3 * 4 * D_SAE)
+    [[pieces]] = encode(language, [text])
+    assert pieces.top_indices == whole.top_indices
+    np.testing.assert_allclose(pieces.latents, whole.latents, atol=1e-4)

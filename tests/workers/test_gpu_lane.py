@@ -1,0 +1,186 @@
+"""Turns, batches, bounds and cancellation of the thread that owns the device."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from app.errors import Busy, Unavailable
+from app.protocol import GenerateRequest, SaeQuery
+from tests.tiny import Tiny
+from workers.gpu import lane as lane_module
+from workers.gpu.encoding import Text, encode
+from workers.gpu.generation import Generation
+from workers.gpu.lane import Lane
+from workers.language_model import LanguageModel
+from workers.sae.coders import Coder
+
+
+@asynccontextmanager
+async def running(max_queue: int = 64, batch_tokens: int = 4096) -> AsyncIterator[Lane]:
+    lane = Lane(max_queue, batch_tokens)
+    lane.start()
+    try:
+        yield lane
+    finally:
+        await asyncio.to_thread(lane.stop)
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def starter(language: LanguageModel, tiny: Tiny, n: int) -> Callable[[], Generation]:
+    request = GenerateRequest(model=tiny.model, prompt="the cat", directions=[], max_new_tokens=n, temperature=1.0)
+    return lambda: Generation(language, language.to_ids(request.prompt), {}, request)
+
+
+def text(language: LanguageModel, tiny: Tiny, topk: Coder, words: str) -> Text:
+    return Text(language.to_ids(words), [(topk, SaeQuery(sae=tiny.topk, top_k=2))])
+
+
+def test_texts_that_wait_are_answered_in_one_pass_each_with_its_own(
+    language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counting(model: LanguageModel, texts: list[Text]) -> Any:
+        sizes.append(len(texts))
+        time.sleep(0.05)
+        return encode(model, texts)
+
+    monkeypatch.setattr(lane_module, "encode", counting)
+    texts = [text(language, tiny, topk, "the cat " * n) for n in range(1, 11)]
+    alone = [encode(language, [t])[0][0].top_indices for t in texts]
+
+    async def test() -> None:
+        async with running() as lane:
+            answers = await asyncio.gather(*(lane.encode(language, [t], 10) for t in texts))
+        assert [answer[0][0].top_indices for answer in answers] == alone
+
+    run(test)
+    assert len(sizes) <= 3
+
+
+def test_a_batch_is_bounded_in_padded_tokens(
+    language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padded: list[int] = []
+
+    def measuring(model: LanguageModel, texts: list[Text]) -> Any:
+        padded.append(len(texts) * max(len(t.ids) for t in texts))
+        return encode(model, texts)
+
+    monkeypatch.setattr(lane_module, "encode", measuring)
+    texts = [text(language, tiny, topk, "the cat " * n) for n in (1, 9, 2, 8, 3, 7)]
+
+    async def test() -> None:
+        async with running(batch_tokens=50) as lane:
+            await lane.encode(language, texts, 10)
+
+    run(test)
+    assert max(padded) <= 50
+    assert len(padded) > 1
+
+
+def test_encodes_and_runs_go_on_beside_a_long_run(language: LanguageModel, tiny: Tiny, topk: Coder) -> None:
+    async def test() -> None:
+        async with running() as lane:
+            long = lane.generate(starter(language, tiny, 100_000))
+            await anext(long)
+            await lane.encode(language, [text(language, tiny, topk, "rain fell")], 10)
+            short = [tokens async for tokens in lane.generate(starter(language, tiny, 5))]
+            assert short
+            assert await anext(long)
+            await long.aclose()
+
+    run(test)
+
+
+def test_a_closed_run_stops_within_a_token(
+    language: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    step = Generation.step
+
+    def slow(self: Generation) -> Any:
+        nonlocal steps
+        steps += 1
+        time.sleep(0.02)
+        return step(self)
+
+    monkeypatch.setattr(Generation, "step", slow)
+
+    async def test() -> None:
+        async with running() as lane:
+            tokens = lane.generate(starter(language, tiny, 100_000))
+            await anext(tokens)
+            await tokens.aclose()
+            at_close = steps
+            await asyncio.sleep(0.2)
+            assert steps <= at_close + 1
+
+    run(test)
+
+
+def test_more_than_the_queue_holds_is_refused_with_both_numbers() -> None:
+    lane = Lane(2, 100)
+    with lane.admit(), lane.admit():
+        with pytest.raises(Busy, match=r"2 requests .* takes 2") as refusal, lane.admit():
+            pass
+        assert refusal.value.retry_after
+    with lane.admit():
+        assert lane.admitted == 1
+
+
+def test_a_text_nobody_waits_for_any_more_is_not_computed(
+    language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    monkeypatch.setattr(lane_module, "encode", lambda _model, texts: computed.append(len(texts)))
+
+    async def test() -> None:
+        async with running() as lane:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(lane.encode(language, [text(language, tiny, topk, "the cat")], -1.0), 0.3)
+
+    run(test)
+    assert computed == []
+
+
+def test_a_stopping_lane_answers_what_waits(language: LanguageModel, tiny: Tiny, topk: Coder) -> None:
+    async def test() -> None:
+        async with running() as lane:
+            tokens = lane.generate(starter(language, tiny, 100_000))
+            await anext(tokens)
+        with pytest.raises(Unavailable, match="stopping"):
+            async for _ in tokens:
+                pass
+        with pytest.raises(Unavailable, match="stopping"):
+            await lane.encode(language, [text(language, tiny, topk, "the cat")], 1)
+
+    run(test)
+
+
+def test_running_out_of_memory_refuses_the_request_and_the_lane_goes_on(
+    language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = text(language, tiny, topk, "the cat")
+
+    def failing(_model: LanguageModel, _texts: list[Text]) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes")
+
+    async def test() -> None:
+        async with running() as lane:
+            with monkeypatch.context() as patch:
+                patch.setattr(lane_module, "encode", failing)
+                with pytest.raises(Unavailable, match="99 bytes"):
+                    await lane.encode(language, [asked], 10)
+            assert await lane.encode(language, [asked], 10)
+
+    run(test)

@@ -1,0 +1,161 @@
+"""What is resident: loaded once, kept while used, evicted least recently used first, refused with both numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.errors import NotFound, TooLarge, Unavailable
+from app.protocol import ModelRef, SaeRef
+from tests.tiny import D_IN, D_SAE, Tiny
+from workers.gpu import residents as residents_module
+from workers.gpu.residents import Residents, weight_bytes
+
+SAE_BYTES = 4 * (2 * D_IN * D_SAE + D_IN + D_SAE)
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+@pytest.fixture
+def saes(tiny: Tiny, tmp_path: Path) -> list[SaeRef]:
+    for name in "abc":
+        shutil.copytree(tiny.topk.path, tmp_path / name)
+    return [SaeRef(id=f"tiny/{name}", path=str(tmp_path / name)) for name in "abc"]
+
+
+@pytest.fixture
+def model_bytes(tiny: Tiny) -> int:
+    return weight_bytes(Path(tiny.model.path), torch.float32)
+
+
+def ids(residents: Residents) -> list[str]:
+    return [resident.id for resident in residents.list()[0]]
+
+
+def test_the_size_read_from_the_header_is_the_size_in_memory(tiny: Tiny, model_bytes: int) -> None:
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        async with residents.hold(tiny.model, [tiny.topk]) as held:
+            assert held.language.nbytes == model_bytes
+            assert held.saes[tiny.topk.path].nbytes == SAE_BYTES
+        assert residents.used_bytes == model_bytes + SAE_BYTES
+
+    run(test)
+
+
+def test_the_least_recently_used_leaves_first(tiny: Tiny, model_bytes: int, saes: list[SaeRef]) -> None:
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, model_bytes + 2 * SAE_BYTES)
+        for sae in (saes[0], saes[1], saes[0], saes[2]):
+            async with residents.hold(tiny.model, [sae]):
+                pass
+        assert ids(residents) == ["tiny/a", "tiny", "tiny/c"]
+
+    run(test)
+
+
+def test_what_a_request_holds_is_not_evicted_under_it(tiny: Tiny, model_bytes: int, saes: list[SaeRef]) -> None:
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, model_bytes + SAE_BYTES)
+        async with residents.hold(tiny.model, [saes[0]]):
+            with pytest.raises(Unavailable, match=r"tiny/b needs 7\.8 KiB, 0\.0 KiB free"):
+                async with residents.hold(tiny.model, [saes[1]]):
+                    pass
+        async with residents.hold(tiny.model, [saes[1]]):
+            assert ids(residents) == ["tiny", "tiny/b"]
+
+    run(test)
+
+
+def test_what_never_fits_is_refused_with_both_numbers(tiny: Tiny) -> None:
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 50_000)
+        with pytest.raises(TooLarge, match=r"tiny needs 121\.0 KiB, .* budget is 48\.8 KiB"):
+            async with residents.hold(tiny.model, []):
+                pass
+        assert residents.used_bytes == 0
+
+    run(test)
+
+
+def test_requests_at_once_load_a_thing_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Path] = []
+    load = residents_module.load_sae
+    monkeypatch.setattr(residents_module, "load_sae", lambda path, **kept: loads.append(path) or load(path, **kept))
+
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+
+        async def use() -> None:
+            async with residents.hold(tiny.model, [tiny.topk]):
+                pass
+
+        await asyncio.gather(*(use() for _ in range(10)))
+
+    run(test)
+    assert len(loads) == 1
+
+
+def test_loading_is_seen_and_holds_nobody_up(tiny: Tiny, saes: list[SaeRef], monkeypatch: pytest.MonkeyPatch) -> None:
+    load = residents_module.load_sae
+
+    def slow(path: Path, **kept: Any) -> Any:
+        if path.name == "b":
+            time.sleep(0.5)
+        return load(path, **kept)
+
+    monkeypatch.setattr(residents_module, "load_sae", slow)
+
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        async with residents.hold(tiny.model, [saes[0]]):
+            pass
+
+        async def use(sae: SaeRef) -> float:
+            async with residents.hold(tiny.model, [sae]):
+                return time.monotonic()
+
+        slow_one = asyncio.create_task(use(saes[1]))
+        await asyncio.sleep(0.1)
+        assert residents.list()[1] == ["tiny/b"]
+        began = time.monotonic()
+        assert await use(saes[0]) - began < 0.2
+        await slow_one
+
+    run(test)
+
+
+def test_what_cannot_be_loaded_is_forgotten_and_may_be_tried_again(tiny: Tiny, saes: list[SaeRef]) -> None:
+    config = Path(saes[0].path) / "cfg.json"
+    good = config.read_text()
+
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        config.write_text("{")
+        with pytest.raises(ValueError, match="Expecting"):
+            async with residents.hold(tiny.model, [saes[0]]):
+                pass
+        config.write_text(good)
+        async with residents.hold(tiny.model, [saes[0]]):
+            assert "tiny/a" in ids(residents)
+
+    run(test)
+
+
+def test_a_directory_that_is_gone_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        with pytest.raises(NotFound, match="gone"):
+            async with residents.hold(ModelRef(id="gone", path=str(tmp_path / "nowhere")), []):
+                pass
+
+    run(test)
