@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from app.settings import Settings
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 _MIGRATION_LOCK = 7_216_340
+_PRAGMAS = ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "cache_size=-65536", "mmap_size=1073741824")
 
 
 class SchemaError(AtlasError):
@@ -38,7 +39,7 @@ def connect(settings: Settings) -> Engine:
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "cache_size=-65536", "mmap_size=1073741824"):
+        for pragma in _PRAGMAS:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
@@ -76,6 +77,12 @@ def check_schema(engine: Engine) -> None:
     raise SchemaError(f"The database is at schema {current}, this code needs {newest}. Run `sae-atlas migrate`.")
 
 
+def is_empty(engine: Engine) -> bool:
+    """Tell whether nothing was ever migrated here: a first start, when making the schema surprises nobody."""
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision() is None
+
+
 def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -83,7 +90,7 @@ def _config() -> Config:
 
 
 @contextmanager
-def _one_at_a_time(engine: Engine) -> Iterator[Any]:
+def _one_at_a_time(engine: Engine) -> Generator[Any]:
     """Hold the database's own write lock while migrating, for up to a minute of waiting."""
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":

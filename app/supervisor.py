@@ -1,0 +1,257 @@
+"""`serve`: starts web, gpu worker and trainer, restarts what dies, and leaves nothing running, however it ends itself.
+
+Each child has a process group of its own, so that Ctrl-C reaches the supervisor alone and stopping is orderly. On Linux
+the kernel kills the children when the supervisor dies, kill -9 included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import http.client
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import structlog
+
+from app import db, log
+from app.errors import BadInput, Conflict
+from app.settings import Settings
+
+STOP_SECONDS = 8.0
+"""How long children may take after SIGTERM; then they are killed."""
+_CALM_SECONDS = 60.0
+"""A child that ran this long starts again without delay."""
+_MAX_DELAY_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
+
+_logger = log.get("supervisor")
+
+
+@dataclass
+class Child:
+    """One supervised process and when it may start again."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_at: float = 0.0
+    deaths: int = 0
+    log: IO[bytes] | None = field(default=None, repr=False)
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+def children(settings: Settings) -> list[Child]:
+    """The processes of one machine, web first: it answers while the others still import torch."""
+    python = sys.executable
+    return [
+        Child("web", [python, "-m", "app"]),
+        Child("gpu", [python, "-m", "workers.gpu"]),
+        Child("trainer", [python, "-m", "workers.trainer"]),
+    ]
+
+
+def serve(settings: Settings, announce: Callable[[Settings, list[Child]], None], log_dir: Path | None = None) -> int:
+    """Run everything until SIGINT or SIGTERM; call `announce` once the web answers. Returns the exit code.
+
+    Raises BadInput for an address that is not loopback and Conflict for a port in use, before anything is started.
+    """
+    settings = check_address(settings)
+    lock = _lock(settings)
+    engine = db.connect(settings)
+    db.migrate(engine)
+    engine.dispose()
+    supervisor = Supervisor(children(settings), environment(settings), log_dir)
+    with lock, _signals(supervisor):
+        return supervisor.run(lambda: announce(settings, supervisor.children), settings)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Return the environment that gives a child these settings."""
+    given = {f"SAE_ATLAS_{name.upper()}": str(getattr(settings, name)) for name in settings.model_fields_set}
+    return {**os.environ, **given, "PYTHONUNBUFFERED": "1"}
+
+
+class Supervisor:
+    """Keeps children alive. Single-threaded: the kernel ties a child's life to the thread that started it."""
+
+    def __init__(self, children: list[Child], environment: dict[str, str], log_dir: Path | None) -> None:
+        self.children = children
+        self._environment = environment
+        self._log_dir = log_dir
+        self._stopping = 0
+
+    def run(self, announce: Callable[[], None], settings: Settings) -> int:
+        announced = False
+        try:
+            while not self._stopping:
+                for child in self.children:
+                    self._tend(child)
+                if not announced and answers(settings):
+                    announced = True
+                    announce()
+                time.sleep(0.1)
+        finally:
+            self._stop_all()
+        return 0
+
+    def stop(self, _number: int, _frame: FrameType | None) -> None:
+        """Handle a signal: once is an orderly stop, twice kills."""
+        self._stopping += 1
+
+    def _tend(self, child: Child) -> None:
+        if child.alive:
+            return
+        if child.process is not None:
+            self._bury(child)
+        if time.monotonic() >= child.start_at:
+            self._start(child)
+
+    def _bury(self, child: Child) -> None:
+        assert child.process is not None
+        ran = time.monotonic() - child.started_at
+        child.deaths = 0 if ran > _CALM_SECONDS else child.deaths + 1
+        delay = min(0.5 * 2 ** max(child.deaths - 1, 0), _MAX_DELAY_SECONDS) if child.deaths else 0.0
+        _kill_group(child.process, signal.SIGKILL)
+        _logger.warning("process ended; starting it again", name=child.name, code=child.process.returncode, in_s=delay)
+        child.process = None
+        child.start_at = time.monotonic() + delay
+
+    def _start(self, child: Child) -> None:
+        if self._log_dir is not None and child.log is None:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            child.log = _opened_log(self._log_dir / f"{child.name}.log")
+        child.started_at = time.monotonic()
+        child.process = subprocess.Popen(
+            child.command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=child.log,
+            stderr=child.log,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+
+    def _stop_all(self) -> None:
+        """Ask all at once, wait for the deadline or a second signal, then kill what is left with all it started."""
+        running = [child.process for child in self.children if child.process is not None]
+        for process in running:
+            _kill_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(p.poll() is None for p in running) and time.monotonic() < deadline and self._stopping < 2:
+            time.sleep(0.05)
+        for process in running:
+            _kill_group(process, signal.SIGKILL)
+            process.wait()
+
+
+def answers(settings: Settings) -> bool:
+    """Tell whether this server's web process answers."""
+    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=1)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def url(settings: Settings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}"
+
+
+def check_address(settings: Settings) -> Settings:
+    """Return the settings with a port that is free, port 0 replaced. Raises BadInput or Conflict with what to do."""
+    try:
+        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise BadInput(
+            f"SAE Atlas has no accounts yet, so it serves this machine only; {settings.host} is not a loopback "
+            "address. Use 127.0.0.1, and ssh -L 3000:127.0.0.1:3000 to reach it from elsewhere."
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise Conflict(
+                f"Port {settings.port} on {settings.host} cannot be used ({error.strerror}). "
+                f"Choose another: --port {settings.port + 1}, or PORT={settings.port + 1} with make."
+            ) from None
+        port = probe.getsockname()[1]
+    # A copy keeps model_fields_set, from which the children's environment is made.
+    return settings.model_copy(update={"port": port})
+
+
+def _lock(settings: Settings) -> IO[str]:
+    """Hold the data directory's supervisor lock: a second set of processes would fight over socket and slot."""
+    path = settings.data_dir / "run" / "serve.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise Conflict(
+            f"SAE Atlas runs already on {settings.data_dir}. Stop it first, or set another SAE_ATLAS_DATA_DIR."
+        ) from None
+    return lock
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Return what a child runs before exec so that it dies with this process; None where there is no prctl."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def _kill_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _opened_log(path: Path) -> IO[bytes]:
+    """Open a log to append to; one beyond 10 MB starts anew, with the old one kept beside it."""
+    if path.exists() and path.stat().st_size > 10_000_000:
+        path.replace(path.with_suffix(".log.1"))
+    return path.open("ab")
+
+
+@contextlib.contextmanager
+def _signals(supervisor: Supervisor) -> Generator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, supervisor.stop) for number in numbers}
+    structlog.contextvars.bind_contextvars(process="supervisor")
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
