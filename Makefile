@@ -1,0 +1,56 @@
+# One environment in .venv; a stamp file remembers what was installed, so that a second start is quick.
+SHELL := /bin/bash
+PYTHON ?= python3
+PORT ?= 3000
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's torch: CPU or CUDA as it resolves for this machine. Some machines' pip warns of every configured place it ignores.
+PIP_INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-input \
+	2> >(grep --line-buffered -v "is ignored: it is neither" >&2) --quiet --progress-bar on
+
+.PHONY: demo serve test bench fmt clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.worker
+	@exec $(BIN)/sae-atlas demo --port $(PORT)
+
+serve: $(VENV)/.worker
+	@exec $(BIN)/sae-atlas serve --port $(PORT)
+
+test: $(VENV)/.dev
+	@./.ci/chromium
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "SAE Atlas needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=python3.12, say." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "Python's venv module is missing. Run: sudo apt-get install --yes python3-venv" >&2; exit 1; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --upgrade pip
+
+$(VENV)/.worker: pyproject.toml | $(BIN)/python
+	@echo "Installing SAE Atlas with torch and transformers (some minutes the first time)"
+	@$(PIP_INSTALL) --editable ".[worker]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing SAE Atlas with what its tests need"
+	@$(PIP_INSTALL) --editable ".[worker,dev]"
+	@touch $@ $(VENV)/.worker
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
