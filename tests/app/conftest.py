@@ -1,4 +1,4 @@
-"""The real application on a real server, with a real worker behind it and the tiny world of tests.tiny in its catalog."""
+"""The real application on a real server, a real worker behind it, and the tiny world of tests.tiny in its catalog."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
@@ -111,8 +110,3 @@ def fill(settings: Settings) -> None:
                     )
                 )
     engine.dispose()
-
-
-@pytest.fixture(scope="session")
-def model_dir(tiny: Tiny) -> Path:
-    return Path(tiny.model.path)

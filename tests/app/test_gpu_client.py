@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.errors import Unavailable
 from app.gpu import Worker
-from app.protocol import GenerateRequest, SaeQuery, EncodeRequest, Token
+from app.protocol import EncodeRequest, GenerateRequest, SaeQuery, Token
 from app.settings import Settings
 from tests.tiny import Tiny, WorkerProcess
 
@@ -39,6 +40,17 @@ def encoding(tiny: Tiny) -> EncodeRequest:
 
 def generating(tiny: Tiny) -> GenerateRequest:
     return GenerateRequest(model=tiny.model, prompt="the cat", directions=[], max_new_tokens=490, temperature=5.0)
+
+
+async def first_token(events: AsyncGenerator[Any]) -> None:
+    async for event in events:
+        if isinstance(event, Token):
+            return
+
+
+async def rest(events: AsyncGenerator[Any]) -> None:
+    async for _ in events:
+        pass
 
 
 def test_a_worker_that_is_not_there_is_unavailable_at_once(tiny: Tiny, tmp_path: Path) -> None:
@@ -75,12 +87,13 @@ def test_a_worker_stopped_in_a_request_is_unavailable_within_the_deadline(proces
 
 def test_a_run_whose_worker_stops_ends_within_the_deadline(process: WorkerProcess, tiny: Tiny) -> None:
     async def ask() -> float:
-        worker, began = Worker(process.settings), 0.0
+        worker = Worker(process.settings)
+        events = worker.generate(generating(tiny))
+        await first_token(events)
+        process.signal(signal.SIGSTOP)
+        began = time.monotonic()
         with pytest.raises(Unavailable):
-            async for event in worker.generate(generating(tiny)):
-                if isinstance(event, Token) and not began:
-                    process.signal(signal.SIGSTOP)
-                    began = time.monotonic()
+            await rest(events)
         await worker.close()
         return time.monotonic() - began
 
@@ -90,10 +103,11 @@ def test_a_run_whose_worker_stops_ends_within_the_deadline(process: WorkerProces
 def test_a_worker_killed_in_a_run_is_unavailable_and_its_successor_answers(process: WorkerProcess, tiny: Tiny) -> None:
     async def ask() -> None:
         worker = Worker(process.settings)
+        events = worker.generate(generating(tiny))
+        await first_token(events)
+        process.signal(signal.SIGKILL)
         with pytest.raises(Unavailable):
-            async for event in worker.generate(generating(tiny)):
-                if isinstance(event, Token):
-                    process.signal(signal.SIGKILL)
+            await rest(events)
         process.process.wait()
         with pytest.raises(Unavailable):
             await worker.encode(encoding(tiny))

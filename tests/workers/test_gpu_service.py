@@ -159,9 +159,11 @@ def test_a_client_that_goes_frees_the_run_within_a_token(ask: Ask, tiny: Tiny) -
 def test_a_body_that_is_no_message_is_refused(worker_process: WorkerProcess) -> None:
     async def post() -> tuple[int, Any]:
         connector = aiohttp.UnixConnector(str(worker_process.settings.socket_path))
-        async with aiohttp.ClientSession(connector=connector) as client:
-            async with client.post("http://worker/encode", data=b'{"texts": 3}') as response:
-                return response.status, await response.json()
+        async with (
+            aiohttp.ClientSession(connector=connector) as client,
+            client.post("http://worker/encode", data=b'{"texts": 3}') as response,
+        ):
+            return response.status, await response.json()
 
     status, body = asyncio.run(post())
     assert status == 422
