@@ -2,10 +2,10 @@
 
     corpora/{hash}/documents.jsonl.zst                  {"title", "source", "text"} a line
     corpora/{hash}/tokens-{tokenizer_hash}/stream.bin   token ids of all documents, uint16 or uint32, little-endian
-                                          /documents.json  {"starts", "titles", "sources", "dtype", "n_tokens"}
+                                          /documents.json {"starts", "titles", "sources", "dtype", "n_tokens"}
 
-Documents follow each other with one separator token between them; no BOS inside. A context is a BOS token (where the model
-has one) and the next context_size - 1 tokens of the stream, so one stream serves every context size.
+Documents follow each other with one separator token between them; no BOS inside. A context is a BOS token (where the
+model has one) and the next context_size - 1 tokens of the stream, so one stream serves every context size.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def catalogue_sae(
     metrics: dict[str, Any],
     origin: dict[str, Any],
 ) -> Source:
-    """Store a checked SAE directory and add it to the catalog as `{layer}-{set_name}`; a source of that name is renewed."""
+    """Store a checked SAE directory and catalogue it as `{layer}-{set_name}`; a source of that name is renewed."""
     if session.get(Model, model_id) is None:
         raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
     config = json.loads((directory / CONFIG).read_text())
@@ -138,7 +138,7 @@ def _human_labels(session: Session, source: Source) -> dict[int, str]:
         .where(Explanation.source_id == source.id, Explanation.method != HEURISTIC)
         .order_by(Explanation.id)
     )
-    return {index: text for index, text in rows}
+    return dict(rows.tuples().all())
 
 
 def _feature_row(source: Source, feature: FeatureRecord, label: str) -> dict[str, Any]:

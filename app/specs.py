@@ -1,4 +1,4 @@
-"""What a job is asked to do, validated: the YAML of `sae-atlas train` and the JSON kept with the job. No defaults elsewhere."""
+"""What a job is asked to do, validated: the YAML of `sae-atlas train` and the JSON kept with the job."""
 
 from __future__ import annotations
 

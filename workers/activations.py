@@ -56,7 +56,7 @@ def write_shard(
 ) -> None:
     """Cache the activations of some contexts. Matmuls run in bfloat16 around a float32 residual stream.
 
-    On these CPUs that is three times as fast, and the error is 1e-4 of the variance, a thousandth of what an SAE leaves.
+    On CPUs with AMX that is three times as fast; the error is 1e-4 of the variance, a thousandth of what an SAE leaves.
     The limit for outliers is set by the first shard written in a directory and kept beside it.
     """
     if path.exists():

@@ -1,6 +1,6 @@
 """SAE directories in SAELens' format: read into a Coder, written from tensors. Safetensors only, never pickles.
 
-A directory given by a person is checked by app.weights before it is stored; what is loaded here lies in the data directory.
+A directory given by a person is checked by app.weights before it is stored; what is loaded here is stored already.
 """
 
 from __future__ import annotations

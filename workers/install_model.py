@@ -1,4 +1,4 @@
-"""Make a model directory (safetensors, tokenizer, vocabulary.json, card.json) from a GGUF file, a directory or a hub id.
+"""Make a model directory (safetensors, tokenizer, vocabulary.json, card.json) from a GGUF, a directory or a hub id.
 
 Run as `python -m workers.install_model {gguf|directory|hub} SOURCE --id ID --name NAME --out MODELS_DIR`. The last line
 printed is the card as JSON. A directory appears whole or not at all. Only safetensors weights are read, never pickles.
@@ -171,7 +171,8 @@ def _hash(files: list[Path]) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def main() -> None:

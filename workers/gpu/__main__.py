@@ -13,12 +13,14 @@ import uvicorn
 from app import log
 from app.settings import Settings
 from workers.gpu.service import create_app
+from workers.memory import keep_freed_memory
 
 STOP_SECONDS = 5
 """How long requests in progress may take after SIGTERM."""
 
 
 def main() -> None:
+    keep_freed_memory()
     settings = Settings()
     log.configure(settings, "gpu")
     listener = listen(settings.socket_path)

@@ -1,1 +1,1 @@
-"""Pure tensor maths of sparse autoencoders: coders, top-k, statistics, logits, steering, losses. No files, no models."""
+"""Pure tensor maths of sparse autoencoders: coders, statistics, logits, steering, losses. No files, no models."""

@@ -23,6 +23,14 @@ class TopK(NamedTuple):
     indices: Int[Tensor, "batch k"]
 
 
+class Sparse(NamedTuple):
+    """The non-zero activations of a batch."""
+
+    rows: Int[Tensor, " n"]
+    latents: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+
+
 @dataclass(frozen=True)
 class Switches:
     """The parts of an SAELens config that change the arithmetic."""
@@ -103,6 +111,12 @@ class Coder:
         """Return the k largest activations of each row, highest first; zeros where fewer are active."""
         values, indices = self.encode(x).topk(min(k, self.d_sae), dim=-1)
         return TopK(values, indices)
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> Sparse:
+        """Return the non-zero activations alone, by row."""
+        acts = self.encode(x)
+        rows, latents = acts.nonzero(as_tuple=True)
+        return Sparse(rows, latents, acts[rows, latents])
 
     def decode(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """Return the reconstruction, in the units of the (normalised) input."""
@@ -224,6 +238,11 @@ class TopKCoder(Coder):
             pre_acts = pre_acts * self._decoder_norms()
         values, indices = pre_acts.topk(min(k, self.switches.k, self.d_sae), dim=-1)
         return TopK(values.relu(), indices)
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> Sparse:
+        values, indices = self.encode_topk(x, self.switches.k)
+        rows, places = (values > 0).nonzero(as_tuple=True)
+        return Sparse(rows, indices[rows, places], values[rows, places])
 
 
 CODERS: dict[str, type[Coder]] = {

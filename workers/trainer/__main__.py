@@ -10,6 +10,7 @@ from threading import Event
 from app import log
 from app.errors import AtlasError
 from app.settings import Settings
+from workers.memory import keep_freed_memory
 from workers.trainer import executor
 
 
@@ -26,6 +27,7 @@ def main() -> None:
 
 
 def _serve() -> int:
+    keep_freed_memory()
     settings = Settings()
     log.configure(settings, "trainer")
     stop = Event()

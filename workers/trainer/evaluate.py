@@ -31,8 +31,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the metrics of design.md and the tokens they were measured on.
 
-    First positions and tokens of outlying norm (above max_norm_ratio times the median) are in none of the reconstruction
-    metrics and stay as they are when the reconstruction is spliced in; `outlier_share` says how many they were.
+    First positions and tokens of outlying norm (above max_norm_ratio times the median) are in no reconstruction
+    metric and stay as they are when the reconstruction is spliced in; `outlier_share` says how many they were.
     """
     hook = coder.hook_name
     sample = torch.cat(
@@ -72,8 +72,8 @@ def _spliced(
     limit: float,
     report: Report,
 ) -> dict[str, Any]:
-    """Cross-entropy (nats a token) clean, with the reconstruction and with zeros at the hook, and the KL divergences."""
-    sums = {name: 0.0 for name in ("ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "kl_sae", "kl_zero")}
+    """Cross-entropy (nats a token) clean, with the reconstruction and with zeros at the hook, and KL divergences."""
+    sums = dict.fromkeys(("ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "kl_sae", "kl_zero"), 0.0)
     n_tokens = 0
     for start in range(0, len(rows), CONTEXTS_PER_PASS):
         ids = torch.from_numpy(

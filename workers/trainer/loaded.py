@@ -1,4 +1,4 @@
-"""The language model a trainer process has in memory: the last one used, since jobs run one after another."""
+"""The language model and SAE a trainer process has in memory: the last ones used, since jobs run one after another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from app.errors import NotFound
 from app.settings import Settings
 from app.tables import Model
+from workers.checkpoints import load_sae
 from workers.language_model import LanguageModel
+from workers.sae.coders import Coder
 from workers.trainer.kinds import JobContext
 
 
@@ -31,3 +33,12 @@ def model(context: JobContext, model_id: str) -> LanguageModel:
 @lru_cache(maxsize=1)
 def _load(path: Path, where: str) -> LanguageModel:
     return LanguageModel.load(path, where, torch.float32)
+
+
+def coder(context: JobContext, sae_hash: str) -> Coder:
+    return _load_coder(context.settings.sae_dir(sae_hash), device(context.settings))
+
+
+@lru_cache(maxsize=1)
+def _load_coder(path: Path, where: str) -> Coder:
+    return load_sae(path, where)

@@ -1,6 +1,6 @@
 """The job that trains an SAE: tokenise, cache activations, optimise, evaluate, catalogue.
 
-Everything that survives a crash lies in the job's directory: activation shards, and one checkpoint with the weights, the
+Everything that survives a crash lies in the job's directory: activation shards, and one checkpoint with weights, the
 optimiser's moments and the counters. Data order depends on the seed alone, so a resumed run ends with the same weights.
 """
 
