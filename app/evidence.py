@@ -199,7 +199,7 @@ def _joined(arrays: list[Ints] | list[Floats]) -> Ints | Floats:
 def _examples(columns: dict[str, Ints], max_act: float) -> list[Example]:
     ends = np.cumsum(columns["lengths"].astype(np.int64)).tolist()
     values = columns["values"].astype(np.float32) * np.float32(max_act / 65535)
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     return [
         Example(int(context), columns["positions"][start:end], values[start:end])
         for context, start, end in zip(columns["contexts"], starts, ends, strict=True)

