@@ -219,6 +219,10 @@ class Home:
     samples: tuple[tuple[SourceCard, FeatureRow], ...] = field(default=())
     """A few labelled features, other ones each time."""
 
+    @property
+    def n_features(self) -> int:
+        return sum(source.d_sae for entry in self.models for source in entry.sources)
+
 
 def home(session: Session) -> Home:
     models = tuple(_entries(session))
@@ -226,7 +230,7 @@ def home(session: Session) -> Home:
     if not with_evidence:
         return Home(models)
     source = random.choice(with_evidence)  # noqa: S311
-    return Home(models, tuple((source, row) for row in _sample(session, source, 8)))
+    return Home(models, tuple((source, row) for row in _sample(session, source, 12)))
 
 
 def model_entry(session: Session, model_id: str) -> ModelEntry:

@@ -94,6 +94,8 @@ class Chart:
     height: float
     ticks: tuple[Tick, ...]
     title: str
+    tallest: str
+    """The count of the highest bin, with what is counted."""
     zero: float | None = None
     """Where the value 0 lies, when inside."""
 
@@ -258,8 +260,8 @@ def shaded(
     )
 
 
-def histogram(counts: Ints, low: float, high: float, title: str) -> Chart | None:
-    """Return counts in equal bins over [low, high] as a chart with three ticks; None when there is nothing to show."""
+def histogram(counts: Ints, low: float, high: float, axis: str, unit: str, title: str) -> Chart | None:
+    """Return counts of `unit` in equal bins over [low, high] of `axis`; None when there is nothing to show."""
     if counts.size == 0 or not counts.any() or not high > low:
         return None
     heights = counts.astype(np.float64) / counts.max() * _CHART_HEIGHT
@@ -273,10 +275,10 @@ def histogram(counts: Ints, low: float, high: float, title: str) -> Chart | None
     zero = (0 - low) / (high - low) * _CHART_WIDTH if low < 0 < high else None
     ticks = (
         Tick(0, amount(low), "start"),
-        Tick(_CHART_WIDTH / 2, amount((low + high) / 2), "middle"),
+        Tick(_CHART_WIDTH / 2, axis, "middle"),
         Tick(_CHART_WIDTH, amount(high), "end"),
     )
-    return Chart("".join(path), _CHART_WIDTH, _CHART_HEIGHT, ticks, title, zero)
+    return Chart("".join(path), _CHART_WIDTH, _CHART_HEIGHT, ticks, title, f"{int(counts.max()):,} {unit}", zero)
 
 
 def density_chart(summary: Mapping[str, Any]) -> Chart | None:
@@ -284,20 +286,18 @@ def density_chart(summary: Mapping[str, Any]) -> Chart | None:
     found = summary.get("density_histogram")
     if not isinstance(found, dict):
         return None
-    counts = np.array(found.get("counts", []), dtype=np.int64)
-    low, high = float(found.get("low", 0)), float(found.get("high", 0))
-    chart = histogram(counts, low, high, f"Histogram of the densities of {int(counts.sum()):,} live features.")
+    counts, edges = np.array(found.get("counts", []), dtype=np.int64), found.get("edges", [])
+    if not edges:
+        return None
+    low, high = float(edges[0]), float(edges[-1])
+    title = f"Histogram of the densities of {int(counts.sum()):,} live features."
+    chart = histogram(counts, low, high, "density", "features", title)
     if chart is None:
         return None
-    powers = range(math.ceil(low), math.floor(high) + 1)
-    ticks = tuple(
-        Tick(
-            (p - low) / (high - low) * _CHART_WIDTH,
-            percent(10.0**p),
-            "start" if p == low else "end" if p == high else "middle",
-        )
-        for p in powers
-        if (p - math.ceil(low)) % 2 == 0
+    ticks = (
+        Tick(0, percent(10.0**low), "start"),
+        Tick(_CHART_WIDTH / 2, "density, log scale", "middle"),
+        Tick(_CHART_WIDTH, percent(10.0**high), "end"),
     )
     return replace(chart, ticks=ticks, zero=None)
 
@@ -327,7 +327,8 @@ def percent(share: float) -> str:
 
 def hidden(character: str) -> bool:
     """Tell whether a character would act on the text around it or not be seen: controls, overrides, zero widths."""
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    odd_space = character != " " and unicodedata.category(character) == "Zs"
+    return odd_space or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def _strings(words: Vocabulary, ids: Sequence[int], start: int, end: int, first: int) -> list[str]:
@@ -355,7 +356,7 @@ def _activations_chart(evidence: FeatureEvidence) -> Chart | None:
         f"Histogram of {evidence.n_active:,} non-zero activations between 0 and {amount(evidence.max_act)}; "
         f"their mean is {amount(evidence.mean_act)}."
     )
-    return histogram(evidence.histogram, 0.0, evidence.max_act, title)
+    return histogram(evidence.histogram, 0.0, evidence.max_act, "activation", "tokens", title)
 
 
 def _logits_chart(evidence: FeatureEvidence) -> Chart | None:
@@ -364,7 +365,7 @@ def _logits_chart(evidence: FeatureEvidence) -> Chart | None:
         f"Histogram of the feature's effect on the logits of {int(evidence.logits_histogram.sum()):,} tokens, "
         f"from {amount(low)} to {amount(high)}."
     )
-    return histogram(evidence.logits_histogram, low, high, title)
+    return histogram(evidence.logits_histogram, low, high, "effect on the logit", "tokens", title)
 
 
 def _logits(ids: Ints, values: Floats, words: Vocabulary) -> tuple[Logit, ...]:

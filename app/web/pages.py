@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,8 @@ from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES, STATIC = ROOT / "templates", ROOT / "static"
-_MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+_SIGNS = {"\t": "⇥", "\r": "␍"}
+_TICKED = re.compile(r"`([^`]+)`")
 
 
 def _session(request: Request) -> Iterator[Session]:
@@ -62,6 +64,7 @@ class Pages:
             "percent": present.percent,
             "shown": shown,
             "chip": chip,
+            "label": label,
             "query": query,
             "segment": lambda text: quote(str(text), safe=""),
             "data": data,
@@ -84,6 +87,26 @@ def partial(request: Request) -> bool:
     return request.headers.get("hx-request") == "true" and request.headers.get("hx-history-restore-request") != "true"
 
 
+class _Marks(dict[int, str]):
+    """A translation table that names what would not be seen, filled as characters occur."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if character == "\n":
+            mark = '<i class="nl">↵</i><i class="br">\n</i>'
+        elif character in _SIGNS:
+            mark = f'<i class="nl">{_SIGNS[character]}</i>'
+        elif present.hidden(character):
+            mark = f'<i class="nl">U+{code:04X}</i>'
+        else:
+            mark = character
+        self[code] = mark
+        return mark
+
+
+_MARKS = _Marks()
+
+
 def shown(text: str) -> Markup:
     """Return model text as markup: escaped, line breaks and tabs marked, characters that would not be seen named.
 
@@ -91,17 +114,16 @@ def shown(text: str) -> Markup:
     """
     if text.isprintable():
         return escape(text)
-    parts: list[str] = []
-    for character in text:
-        if character == "\n":
-            parts.append('<i class="nl">↵</i><i class="br">\n</i>')
-        elif character in _MARKS:
-            parts.append(f'<i class="nl">{_MARKS[character]}</i>')
-        elif present.hidden(character):
-            parts.append(f'<i class="nl">U+{ord(character):04X}</i>')
-        else:
-            parts.append(str(escape(character)))
-    return Markup("".join(parts))  # noqa: S704 - every character was escaped above
+    return Markup(str(escape(text)).translate(_MARKS))  # noqa: S704 - escaped, and the marks are ours
+
+
+def label(text: str) -> Markup:
+    """Return an explanation as markup: what stands in backticks are tokens."""
+    parts = _TICKED.split(text)
+    return Markup().join(
+        Markup('<code class="chip">{}</code>').format(chip(part)) if i % 2 else shown(part)
+        for i, part in enumerate(parts)
+    )
 
 
 def chip(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""A pasted prompt: each token by its strongest feature, a token's features, a feature's tokens; the address says all."""
+"""A pasted prompt: a token by its strongest feature, a token's features, a feature's tokens; the address says all."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ _METRICS: dict[str, tuple[str, str]] = {
         "The same for the divergence from the model's own predictions: 1 means they do not change, 0 that they change "
         "as much as by removing the activations.",
     ),
-    "dead": ("dead", "Features that were never active on the tokens seen; the number depends on how many those are."),
-    "dead_fraction": ("dead", "Share of features that were never active on the tokens seen."),
+    "cosine_similarity": ("cosine", "Mean cosine of the activations with their reconstruction."),
+    "dead": ("dead", "Share of features never active on the tokens it was measured on; fewer tokens make it larger."),
     "density": ("mean density", "Fraction of tokens a feature is active on, averaged over features."),
 }
 
@@ -91,6 +91,8 @@ class SourcePage:
     source: SourceCard
     harvest: HarvestCard | None
     metrics: tuple[Metric, ...]
+    """Those that have an explanation."""
+    more_metrics: tuple[Metric, ...]
     config: tuple[tuple[str, str], ...]
     origin: tuple[tuple[str, str], ...]
     density: Chart | None
@@ -153,11 +155,13 @@ def source_page(
         found = catalog.source_card(session, model, source)
         return render(request, "_features.html", TablePage(found, catalog.table(session, found, wanted.filter())))
     card, found, harvest = catalog.source_page(session, model, source)
+    measured = metrics(found.metrics)
     page = SourcePage(
         card=card,
         source=found,
         harvest=harvest,
-        metrics=metrics(found.metrics),
+        metrics=tuple(m for m in measured if m.about),
+        more_metrics=tuple(m for m in measured if not m.about),
         config=facts(found.config),
         origin=facts(found.origin),
         density=density_chart(harvest.summary) if harvest else None,
@@ -195,7 +199,7 @@ def facts(found: Mapping[str, Any], prefix: str = "") -> tuple[tuple[str, str], 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if name in ("dead_fraction", "density"):
+    if name in ("dead", "density") and isinstance(value, float):
         return percent(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) <= 1 else amount(value)
 
