@@ -203,10 +203,9 @@ def add_sae(
                 f"The SAE reads {facts.hook_name}; layer {wanted} was asked for, "
                 f"and {model} has layers 0 to {card.n_layers - 1}."
             )
-        stored = weights.store_sae(settings, directory, facts)
         origin = {"added_from": directory.name}
         source = harvests.catalogue_sae(
-            session, settings, stored, model_id=model, set_name=_set_name(set_name), metrics={}, origin=origin
+            session, settings, facts, model_id=model, set_name=_set_name(set_name), metrics={}, origin=origin
         )
         name, d_sae = source.name, source.d_sae
     _out.print(f"Source {model}/{name}: {facts.architecture}, {d_sae:,} latents at {facts.hook_name}.")

@@ -17,7 +17,7 @@ import json
 import lzma
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -188,7 +188,7 @@ def _store(settings: Settings, path: Path, report: Report) -> tuple[str, int, in
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def _opened(path: Path) -> Generator[tuple[IO[bytes], IO[bytes]]]:
     """The decompressed file, and the raw one whose position tells progress."""
     if not path.is_file():
         raise BadFile(f"{path} is not a file.")

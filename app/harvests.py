@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from app import evidence as blobs
-from app.errors import BadFile, NotFound
+from app.errors import NotFound
 from app.evidence import FeatureEvidence
 from app.settings import Settings
 from app.tables import Evidence, Explanation, Feature, Harvest, Model, Source
+from app.weights import SaeFacts, store_sae
 
 HEURISTIC = "heuristic"
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _CHUNK = 1_000
 
 
@@ -38,52 +32,30 @@ class FeatureRecord:
     top_logit: str
 
 
-def store_sae(settings: Settings, directory: Path) -> str:
-    """Copy an SAE directory into content-addressed storage and return its hash. The same content is stored once."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        digest.update((directory / name).read_bytes())
-    sae_hash = digest.hexdigest()[:16]
-    target = settings.sae_dir(sae_hash)
-    if target.exists():
-        return sae_hash
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
-    try:
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(directory / name, scratch / name)
-        os.rename(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return sae_hash
-
-
 def catalogue_sae(
     session: Session,
     settings: Settings,
-    directory: Path,
+    facts: SaeFacts,
     *,
     model_id: str,
     set_name: str,
     metrics: dict[str, Any],
     origin: dict[str, Any],
 ) -> Source:
-    """Store a checked SAE directory and catalogue it as `{layer}-{set_name}`; a source of that name is renewed."""
+    """Store a checked SAE (app.weights) and catalogue it as `{layer}-{set_name}`; a source of that name is renewed."""
     if session.get(Model, model_id) is None:
         raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
-    config = json.loads((directory / CONFIG).read_text())
-    hook_name = str(config["metadata"]["hook_name"])
-    layer = _layer(hook_name)
-    name = f"{layer}-{set_name}"
+    name = f"{facts.layer}-{set_name}"
     source = session.scalar(select(Source).where(Source.model_id == model_id, Source.name == name))
     if source is None:
-        first = session.scalar(select(Source.id).where(Source.model_id == model_id, Source.layer == layer)) is None
-        source = Source(model_id=model_id, name=name, layer=layer, set_name=set_name, is_default=first)
+        here = select(Source.id).where(Source.model_id == model_id, Source.layer == facts.layer)
+        first = session.scalar(here) is None
+        source = Source(model_id=model_id, name=name, layer=facts.layer, set_name=set_name, is_default=first)
         session.add(source)
-    source.sae_hash = store_sae(settings, directory)
-    source.architecture = config["architecture"]
-    source.hook_name, source.d_in, source.d_sae = hook_name, config["d_in"], config["d_sae"]
-    source.config, source.metrics, source.origin = config, metrics, origin
+    store_sae(settings, facts.source, facts)
+    source.sae_hash, source.architecture, source.hook_name = facts.hash, facts.architecture, facts.hook_name
+    source.d_in, source.d_sae = facts.d_in, facts.d_sae
+    source.config, source.metrics, source.origin = facts.config, metrics, origin
     session.flush()
     return source
 
@@ -123,13 +95,6 @@ def record(session: Session, source: Source, harvest: Harvest, features: Iterabl
         session.execute(delete(Evidence).where(Evidence.harvest_id.in_(old)))
         session.execute(delete(Harvest).where(Harvest.id.in_(old)))
     return harvest
-
-
-def _layer(hook_name: str) -> int:
-    parts = hook_name.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        raise BadFile(f"hook_name {hook_name!r} names no layer; expected something like blocks.12.hook_resid_post.")
-    return int(parts[1])
 
 
 def _human_labels(session: Session, source: Source) -> dict[int, str]:

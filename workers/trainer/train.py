@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from sqlalchemy.orm import Session
 from torch import Tensor
 
-from app import corpora, harvests, jobs
+from app import corpora, harvests, jobs, weights
 from app.corpora import Stream
 from app.errors import AtlasError, TooLarge
 from app.specs import HarvestSpec, TrainSpec
@@ -142,7 +142,7 @@ class Train(JobKind):
             source = harvests.catalogue_sae(
                 session,
                 context.settings,
-                context.directory / "sae",
+                weights.check_sae(context.directory / "sae", None, context.settings),
                 model_id=spec.model,
                 set_name=spec.set_name,
                 metrics=metrics,
@@ -300,16 +300,16 @@ def _write_sae(context: JobContext, spec: TrainSpec, model: LanguageModel, direc
     """
     norms = norms_of(context.directory / "activations")
     assert norms is not None
-    weights = TrainingState.load(context.directory / "checkpoint.safetensors").parameters
+    trained = TrainingState.load(context.directory / "checkpoint.safetensors").parameters
     tensors = {
-        "W_enc": weights.W_enc,
-        "b_enc": weights.b_enc / norms.scale,
-        "W_dec": weights.W_dec,
-        "b_dec": weights.b_dec / norms.scale,
+        "W_enc": trained.W_enc,
+        "b_enc": trained.b_enc / norms.scale,
+        "W_dec": trained.W_dec,
+        "b_dec": trained.b_dec / norms.scale,
     }
     config = {
         "architecture": spec.architecture,
-        "d_in": weights.W_enc.shape[0],
+        "d_in": trained.W_enc.shape[0],
         "d_sae": spec.d_sae,
         "k": spec.k,
         "dtype": "float32",

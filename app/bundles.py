@@ -1,0 +1,335 @@
+"""Bundles: one SAE with everything needed to look at it, as a directory that another SAE Atlas imports. Torch-free.
+
+    manifest.json                    format, version, what is described below, sha256 of every file
+    sae/cfg.json, sae/sae_weights.safetensors
+    model/card.json, model/vocabulary.json.zst     the model's description; its weights are not part of a bundle
+    corpus/stream.bin.zst, corpus/documents.json.zst   token stream of the corpus (app.corpora)
+    evidence/features.jsonl.zst      {"index", "label", "top_token", "top_logit", "blob" (base64)} a feature
+    evidence/explanations.jsonl.zst  explanations by people and models
+
+Nothing is taken from a bundle but these files, and each only when its hash is the manifest's.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import zstandard
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import evidence, harvests, weights
+from app.corpora import Report, tokens_dir
+from app.errors import BadFile, Conflict, NotFound
+from app.harvests import FeatureRecord
+from app.protocol import ModelCard
+from app.settings import Settings
+from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, Source
+
+FORMAT, VERSION = "sae-atlas-bundle", 1
+MANIFEST = "manifest.json"
+SAE_FILES = ("sae/cfg.json", "sae/sae_weights.safetensors")
+FILES = (
+    *SAE_FILES,
+    "model/card.json",
+    "model/vocabulary.json.zst",
+    "corpus/stream.bin.zst",
+    "corpus/documents.json.zst",
+    "evidence/features.jsonl.zst",
+    "evidence/explanations.jsonl.zst",
+)
+MAX_UNPACKED_BYTES = 4 * 2**30
+"""Of one file: no bundle file may unpack to more."""
+
+
+class CorpusEntry(BaseModel):
+    name: str
+    hash: str
+    n_documents: int
+    n_chars: int
+    about: str
+
+
+class HarvestEntry(BaseModel):
+    tokenizer_hash: str
+    context_size: int
+    bos_token_id: int | None
+    n_tokens: int
+    summary: dict[str, Any]
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    format: str
+    version: int
+    created_at: datetime
+    model: ModelCard
+    set_name: str
+    metrics: dict[str, Any]
+    origin: dict[str, Any]
+    corpus: CorpusEntry
+    harvest: HarvestEntry
+    n_features: int
+    files: dict[str, str]
+    """Relative path -> sha256."""
+
+
+def export_bundle(
+    session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report
+) -> Manifest:
+    """Write a source with its evidence to a new directory. Raises NotFound without evidence, Conflict if out exists."""
+    source = harvests.source_named(session, model_id, name)
+    harvest = session.get(Harvest, source.harvest_id) if source.harvest_id else None
+    if harvest is None:
+        raise NotFound(f"{model_id}/{name} has no evidence yet. Run `sae-atlas harvest {model_id}/{name}` first.")
+    if out.exists():
+        raise Conflict(f"{out} exists already; choose a new directory.")
+    corpus = session.get_one(Corpus, harvest.corpus_id)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=".new-"))
+    try:
+        _write_files(session, settings, source, harvest, corpus, scratch, report)
+        manifest = _manifest(session, source, harvest, corpus, scratch)
+        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        scratch.chmod(0o755)
+        os.rename(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def import_bundle(session: Session, settings: Settings, path: Path, report: Report) -> Source:
+    """Read a bundle into the catalog and return its source. Importing again changes nothing.
+
+    Raises BadFile for what is no bundle or was changed, and Conflict when the source's name holds another SAE.
+    """
+    manifest = _read_manifest(path)
+    for number, file in enumerate(FILES):
+        report(0.2 * number / len(FILES), f"Checking {file}")
+        _check_file(path, file, manifest)
+    facts = weights.check_sae(path / "sae", manifest.model.d_model, settings)
+    _refuse_conflict(session, manifest, facts)
+    _ensure_model(session, settings, path, manifest)
+    corpus = _ensure_corpus(session, settings, path, manifest)
+    report(0.4, "Reading the evidence")
+    source = harvests.catalogue_sae(
+        session,
+        settings,
+        facts,
+        model_id=manifest.model.id,
+        set_name=manifest.set_name,
+        metrics=manifest.metrics,
+        origin=manifest.origin,
+    )
+    harvest = Harvest(corpus_id=corpus.id, **manifest.harvest.model_dump())
+    harvests.record(session, source, harvest, _features(path, manifest, report))
+    _import_explanations(session, source, path)
+    report(1.0, f"Imported {manifest.n_features:,} features")
+    return source
+
+
+def _write_files(
+    session: Session, settings: Settings, source: Source, harvest: Harvest, corpus: Corpus, out: Path, report: Report
+) -> None:
+    for part in ("sae", "model", "corpus", "evidence"):
+        (out / part).mkdir()
+    for file in SAE_FILES:
+        shutil.copyfile(settings.sae_dir(source.sae_hash) / Path(file).name, out / file)
+    model_dir = settings.model_dir(source.model_id)
+    card = session.get_one(Model, source.model_id).card
+    (out / "model/card.json").write_text(ModelCard(**card).model_dump_json(indent=2))
+    _pack(out / "model/vocabulary.json.zst", [(model_dir / "vocabulary.json").read_bytes()])
+    tokens = tokens_dir(settings, corpus.hash, harvest.tokenizer_hash)
+    report(0.1, "Packing the corpus' tokens")
+    _pack(out / "corpus/stream.bin.zst", _blocks(tokens / "stream.bin"))
+    _pack(out / "corpus/documents.json.zst", [(tokens / "documents.json").read_bytes()])
+    _pack(out / "evidence/features.jsonl.zst", _feature_lines(session, source, harvest, report))
+    _pack(out / "evidence/explanations.jsonl.zst", _explanation_lines(session, source))
+
+
+def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus, out: Path) -> Manifest:
+    entry = CorpusEntry.model_validate(corpus, from_attributes=True)
+    return Manifest(
+        format=FORMAT,
+        version=VERSION,
+        created_at=datetime.now(UTC),
+        model=ModelCard(**session.get_one(Model, source.model_id).card),
+        set_name=source.set_name,
+        metrics=source.metrics,
+        origin=source.origin,
+        corpus=entry,
+        harvest=HarvestEntry.model_validate(harvest, from_attributes=True),
+        n_features=source.d_sae,
+        files={file: _sha256(out / file) for file in FILES},
+    )
+
+
+def _feature_lines(session: Session, source: Source, harvest: Harvest, report: Report) -> Iterator[bytes]:
+    query = (
+        select(Feature.index, Feature.label, Feature.top_token, Feature.top_logit, Evidence.blob)
+        .join(Evidence, (Evidence.index == Feature.index) & (Evidence.harvest_id == harvest.id))
+        .where(Feature.source_id == source.id)
+        .order_by(Feature.index)
+    )
+    for index, label, top_token, top_logit, blob in session.execute(query.execution_options(yield_per=500)).tuples():
+        report(0.2 + 0.8 * index / source.d_sae, f"Packing feature {index:,} of {source.d_sae:,}")
+        line = {"index": index, "label": label, "top_token": top_token, "top_logit": top_logit}
+        line["blob"] = base64.b64encode(blob).decode()
+        yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _explanation_lines(session: Session, source: Source) -> Iterator[bytes]:
+    query = select(Explanation).where(Explanation.source_id == source.id, Explanation.method != harvests.HEURISTIC)
+    for e in session.scalars(query.order_by(Explanation.id)):
+        line = {"index": e.index, "text": e.text, "method": e.method, "author": e.author}
+        yield json.dumps({**line, "created_at": e.created_at.isoformat()}, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file() or file.stat().st_size > 2**24:
+        raise BadFile(f"{path} is no bundle: it holds no {MANIFEST}.")
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except (ValidationError, RecursionError) as error:
+        raise BadFile(f"{file} is not a bundle's manifest: {str(error).splitlines()[0]}.") from None
+    if (manifest.format, manifest.version) != (FORMAT, VERSION):
+        raise BadFile(
+            f"{file} says {manifest.format} version {manifest.version}; this version reads {FORMAT} version {VERSION}."
+        )
+    for name in (manifest.corpus.hash, manifest.harvest.tokenizer_hash, manifest.model.id):
+        if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
+            raise BadFile(f"{file} names {name[:80]!r}, which cannot be a directory of the catalog.")
+    return manifest
+
+
+def _check_file(path: Path, file: str, manifest: Manifest) -> None:
+    if not (path / file).is_file() or (path / file).is_symlink():
+        raise BadFile(f"The bundle lacks {file}.")
+    expected, found = manifest.files.get(file, "nothing"), _sha256(path / file)
+    if expected != found:
+        raise BadFile(f"{file} was changed: its sha256 is {found[:16]}…, the manifest says {expected[:16]}….")
+
+
+def _refuse_conflict(session: Session, manifest: Manifest, facts: weights.SaeFacts) -> None:
+    name = f"{facts.layer}-{manifest.set_name}"
+    there = session.scalar(select(Source).where(Source.model_id == manifest.model.id, Source.name == name))
+    if there is not None and there.sae_hash != facts.hash:
+        raise Conflict(
+            f"{manifest.model.id}/{name} is another SAE here ({there.sae_hash}, the bundle's is {facts.hash}). "
+            "Rename one of the two."
+        )
+
+
+def _ensure_model(session: Session, settings: Settings, path: Path, manifest: Manifest) -> None:
+    """Describe the model where it is not installed: pages then show its tokens, only computing needs the weights."""
+    directory = settings.model_dir(manifest.model.id)
+    if not (directory / "vocabulary.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        _unpack(path / "model/vocabulary.json.zst", directory / "vocabulary.json")
+    if session.get(Model, manifest.model.id) is None:
+        card = manifest.model
+        session.add(Model(id=card.id, name=card.name, hash=card.hash, card=card.model_dump()))
+        session.flush()
+
+
+def _ensure_corpus(session: Session, settings: Settings, path: Path, manifest: Manifest) -> Corpus:
+    entry = manifest.corpus
+    target = tokens_dir(settings, entry.hash, manifest.harvest.tokenizer_hash)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as scratch:
+            fresh = Path(scratch) / target.name
+            fresh.mkdir()
+            _unpack(path / "corpus/stream.bin.zst", fresh / "stream.bin")
+            _unpack(path / "corpus/documents.json.zst", fresh / "documents.json")
+            os.rename(fresh, target)
+    corpus = session.scalar(select(Corpus).where(Corpus.hash == entry.hash))
+    if corpus is None:
+        taken = session.scalar(select(Corpus).where(Corpus.name == entry.name)) is not None
+        name = f"{entry.name}-{entry.hash[:6]}" if taken else entry.name
+        corpus = Corpus(**{**entry.model_dump(), "name": name})
+        session.add(corpus)
+        session.flush()
+    return corpus
+
+
+def _features(path: Path, manifest: Manifest, report: Report) -> Iterator[FeatureRecord]:
+    for row in _json_lines(path / "evidence/features.jsonl.zst"):
+        index = row["index"]
+        if not isinstance(index, int) or not 0 <= index < manifest.n_features:
+            raise BadFile(f"The bundle holds feature {index!r}; the SAE has {manifest.n_features:,}.")
+        report(0.4 + 0.6 * index / manifest.n_features, f"Importing feature {index:,} of {manifest.n_features:,}")
+        try:
+            found = evidence.unpack(base64.b64decode(row.pop("blob")))
+        except Exception as error:
+            raise BadFile(f"The evidence of feature {index} cannot be read: {error}.") from error
+        yield FeatureRecord(evidence=found, **row)
+
+
+def _import_explanations(session: Session, source: Source, path: Path) -> None:
+    known = set(
+        session.execute(
+            select(Explanation.index, Explanation.text, Explanation.author).where(Explanation.source_id == source.id)
+        ).tuples()
+    )
+    for row in _json_lines(path / "evidence/explanations.jsonl.zst"):
+        if (row["index"], row["text"], row["author"]) not in known:
+            created_at = datetime.fromisoformat(row.pop("created_at"))
+            session.add(Explanation(source_id=source.id, created_at=created_at, **row))
+            feature = session.get(Feature, (source.id, row["index"]))
+            if feature is not None:
+                feature.label = row["text"]
+
+
+def _pack(path: Path, blocks: Iterable[bytes]) -> None:
+    with path.open("wb") as raw, zstandard.ZstdCompressor(level=19).stream_writer(raw) as out:
+        for block in blocks:
+            out.write(block)
+
+
+def _unpack(source: Path, target: Path) -> None:
+    done = 0
+    with source.open("rb") as raw, target.open("wb") as out:
+        for block in zstandard.ZstdDecompressor().read_to_iter(raw):
+            done += len(block)
+            if done > MAX_UNPACKED_BYTES:
+                raise BadFile(f"{source.name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes.")
+            out.write(block)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    rest, done = b"", 0
+    with path.open("rb") as raw:
+        for block in zstandard.ZstdDecompressor().read_to_iter(raw):
+            done += len(block)
+            if done > MAX_UNPACKED_BYTES:
+                raise BadFile(f"{path.name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes.")
+            *lines, rest = (rest + block).split(b"\n")
+            yield from map(json.loads, lines)
+    if rest:
+        yield json.loads(rest)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            yield block
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
