@@ -4,10 +4,6 @@ PYTHON ?= python3
 PORT ?= 3000
 VENV := .venv
 BIN := $(VENV)/bin
-# pip's torch: CPU or CUDA as it resolves for this machine. Some machines' pip warns of every configured place it ignores.
-PIP_INSTALL = set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --no-input \
-	2> >(grep --line-buffered -v "is ignored: it is neither" >&2) --quiet --progress-bar on
-
 .PHONY: demo serve test bench fmt clean
 .DELETE_ON_ERROR:
 
@@ -18,7 +14,7 @@ serve: $(VENV)/.worker
 	@exec $(BIN)/sae-atlas serve --port $(PORT)
 
 test: $(VENV)/.dev
-	@./.ci/chromium
+	@.ci/chromium
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -39,16 +35,16 @@ $(BIN)/python:
 		{ echo "Python's venv module is missing. Run: sudo apt-get install --yes python3-venv" >&2; exit 1; }
 	@echo "Creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP_INSTALL) --upgrade pip
+	@.ci/pip-install $(BIN)/python --upgrade pip
 
 $(VENV)/.worker: pyproject.toml | $(BIN)/python
 	@echo "Installing SAE Atlas with torch and transformers (some minutes the first time)"
-	@$(PIP_INSTALL) --editable ".[worker]"
+	@.ci/pip-install $(BIN)/python --editable ".[worker]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing SAE Atlas with what its tests need"
-	@$(PIP_INSTALL) --editable ".[worker,dev]"
+	@.ci/pip-install $(BIN)/python --editable ".[worker,dev]"
 	@touch $@ $(VENV)/.worker
 
 clean:

@@ -214,10 +214,14 @@ def _read_documents(path: Path, file: IO[bytes]) -> Iterator[Document]:
 
 
 def _lines(file: Any) -> Iterator[str]:
+    text = io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8", newline="\n")
     try:
-        yield from io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8", newline="\n")
+        yield from text
     except (UnicodeDecodeError, lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
         raise BadFile(f"The corpus cannot be read as UTF-8 text: {error}.") from error
+    finally:
+        # A wrapper closes its file when it is collected, while the file's position is still asked for.
+        text.detach().detach()
 
 
 def _parse_jsonl(lines: Iterable[str], path: Path) -> Iterator[Document]:
