@@ -4,6 +4,7 @@ PYTHON ?= python3
 PORT ?= 3000
 VENV := .venv
 BIN := $(VENV)/bin
+
 .PHONY: demo serve test bench fmt clean
 .DELETE_ON_ERROR:
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.orm import Session
 
-from app import catalog, corpora, db, doctor, harvests, jobs, log, models, supervisor, weights
+from app import bundles, catalog, corpora, db, doctor, harvests, jobs, log, models, supervisor, weights
 from app.demo import prepare
 from app.errors import AtlasError, BadFile, BadInput, NotFound
 from app.settings import Settings
@@ -203,7 +203,7 @@ def add_sae(
                 f"The SAE reads {facts.hook_name}; layer {wanted} was asked for, "
                 f"and {model} has layers 0 to {card.n_layers - 1}."
             )
-        origin = {"added_from": directory.name}
+        origin = {"added_from": directory.resolve().name}
         source = harvests.catalogue_sae(
             session, settings, facts, model_id=model, set_name=_set_name(set_name), metrics={}, origin=origin
         )
@@ -395,8 +395,6 @@ def _watch(settings: Settings, job_id: int) -> Job:
 @app.command(name="export")
 def export_bundle(source: ModelSource, out: Annotated[Path, typer.Argument(help="Directory to write.")]) -> None:
     """Write an SAE with its evidence as a bundle that another SAE Atlas imports."""
-    from app import bundles
-
     settings = Settings()
     with _session(settings) as session, _progress() as report:
         bundles.export_bundle(session, settings, *_model_source(source), out, report)
@@ -406,8 +404,6 @@ def export_bundle(source: ModelSource, out: Annotated[Path, typer.Argument(help=
 @app.command(name="import")
 def import_bundle(path: Annotated[Path, typer.Argument(help="A bundle's directory.")]) -> None:
     """Read a bundle into the catalog."""
-    from app import bundles
-
     settings = Settings()
     with _session(settings) as session, _progress() as report:
         bundles.import_bundle(session, settings, path, report)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +126,7 @@ def pack(evidence: FeatureEvidence) -> bytes:
     """Return the blob of version 1."""
     examples = [*evidence.top, *(e for interval in evidence.intervals for e in interval.examples)]
     scale = 65535 / evidence.max_act if evidence.max_act > 0 else 0.0
-    columns: dict[str, Ints | Floats] = {
+    columns: dict[str, npt.NDArray[Any]] = {
         "histogram": evidence.histogram,
         "interval_counts": np.array([i.count for i in evidence.intervals]),
         "interval_sizes": np.array([len(i.examples) for i in evidence.intervals]),
@@ -164,7 +166,7 @@ def unpack(blob: bytes) -> FeatureEvidence:
     body = zlib.decompress(blob[5:])
     n_active, n_tokens, max_act, mean_act, n_top, n_intervals, low, high = _HEAD.unpack_from(body)
     offset = _HEAD.size
-    columns: dict[str, Ints] = {}
+    columns: dict[str, npt.NDArray[Any]] = {}
     for name, dtype in _ARRAYS:
         (size,) = struct.unpack_from("<I", body, offset)
         columns[name] = np.frombuffer(body, dtype, size, offset + 4)
@@ -192,11 +194,11 @@ def unpack(blob: bytes) -> FeatureEvidence:
     )
 
 
-def _joined(arrays: list[Ints] | list[Floats]) -> Ints | Floats:
+def _joined(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     return np.concatenate(arrays) if arrays else np.zeros(0)
 
 
-def _examples(columns: dict[str, Ints], max_act: float) -> list[Example]:
+def _examples(columns: dict[str, npt.NDArray[Any]], max_act: float) -> list[Example]:
     ends = np.cumsum(columns["lengths"].astype(np.int64)).tolist()
     values = columns["values"].astype(np.float32) * np.float32(max_act / 65535)
     starts = [0, *ends][: len(ends)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import models
+from app import bundles, models
 from app.errors import AtlasError, BadFile
 from app.settings import Settings
 from app.tables import Source
@@ -69,8 +69,6 @@ def bundle_ready(session: Session) -> bool:
 
 
 def import_bundle(session: Session, settings: Settings, report: Report) -> None:
-    from app import bundles
-
     bundles.import_bundle(session, settings, BUNDLE, report)
 
 
