@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.pages = Pages(version)
     register(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
-    app.add_middleware(Guard, loopback=is_loopback(settings.host))
+    app.add_middleware(Guard, loopback=is_loopback(settings.host), max_body_bytes=MAX_BODY_BYTES)
     app.mount("/static", VersionedStatic(version), name="static")
     for api in (features, explanations, activations, steer, tokenize):
         app.include_router(api.router, prefix="/api")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -106,15 +107,23 @@ def session(engine: Engine, settings: Settings) -> Iterator[Session]:
         yield opened
 
 
-@pytest.fixture
-def filled(settings: Settings) -> Catalog:
-    """A filled catalog on SQLite in the settings' data directory."""
+@pytest.fixture(scope="session")
+def filled_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with a filled catalog on SQLite, made once and copied for every test."""
+    settings = Settings(data_dir=tmp_path_factory.mktemp("filled") / "data", database_url="", worker_socket="")
     made = db.connect(settings)
     db.migrate(made)
     with db.sessions(made)() as opened:
         fill(opened, settings)
         opened.commit()
     made.dispose()
+    return settings.data_dir
+
+
+@pytest.fixture
+def filled(settings: Settings, filled_directory: Path) -> Catalog:
+    """A filled catalog on SQLite in the settings' data directory."""
+    shutil.copytree(filled_directory, settings.data_dir)
     return Catalog()
 
 

@@ -30,11 +30,12 @@ _QUIET = ("/static/", "/healthz", "/readyz")
 
 
 class Guard:
-    """Refuse foreign hosts (400) and cross-site writes (403), name each request, log it, and send safe headers."""
+    """Refuse foreign hosts (400), cross-site writes (403) and large bodies (413); name, log and dress each request."""
 
-    def __init__(self, app: ASGIApp, loopback: bool) -> None:
+    def __init__(self, app: ASGIApp, loopback: bool, max_body_bytes: int) -> None:
         self.app = app
         self.loopback = loopback
+        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,6 +72,9 @@ class Guard:
             return 400, f"This server answers to localhost and 127.0.0.1 only, not to {host[:80]!r}."
         if scope["method"] not in _SAFE and cross_site(headers):
             return 403, "A page of another site may not change anything here."
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self.max_body_bytes:
+            return 413, f"The request is {int(length):,} bytes; up to {self.max_body_bytes:,} are read."
         return None
 
 
