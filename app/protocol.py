@@ -144,6 +144,8 @@ class Token(Message):
     logprob: float
     """Natural logarithm of the token's probability under its own row, before temperature and penalties."""
     top: list[tuple[int, float]] = Field(default_factory=list[tuple[int, float]])
+    more: bool = False
+    """The other row's token of the same step follows at once; whoever shows both may wait for it."""
 
 
 class End(Message):

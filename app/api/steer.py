@@ -206,10 +206,10 @@ async def _sse(
 
 
 def _take(texts: _Texts, event: Start | Token | End) -> bool:
-    """Add a token; tell whether the texts grew. Raises Unavailable when the run ended badly."""
+    """Add a token; tell whether a step is complete. Raises Unavailable when the run ended badly."""
     if isinstance(event, Token):
         texts.add(event)
-        return True
+        return not event.more
     if isinstance(event, End) and event.error:
         raise Unavailable(event.error)
     return False

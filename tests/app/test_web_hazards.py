@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import re
+from collections.abc import Iterator
 
 import pytest
+import structlog
 from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
-from app import catalog
+from app import catalog, log
+from app.settings import Settings
 from app.web.guard import cross_site, is_loopback
 from tests.conftest import D_SAE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_logs() -> Iterator[None]:
+    """Log as the server does: structlog's own default draws each traceback for seconds."""
+    handlers = logging.getLogger().handlers
+    log.configure(Settings(log_level="ERROR"), "web")
+    yield
+    structlog.reset_defaults()
+    logging.getLogger().handlers = handlers
+
 
 SEGMENTS = [
     "..%2f..%2fetc",
@@ -131,6 +146,12 @@ def test_a_body_over_the_limit_is_refused(client: TestClient) -> None:
     )
     assert answer.status_code == 413
     assert set(answer.json()) == {"error", "message"}
+
+
+def test_a_body_in_chunks_over_the_limit_is_refused(client: TestClient) -> None:
+    chunks = (b" " * 2**20 for _ in range(33))
+    answer = client.post("/api/features", content=chunks, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
 
 
 PAGES = [

@@ -72,7 +72,8 @@ class Generation:
         tokens = self._describe(logits, chosen)
         self._keep(chosen)
         self._left -= 1
-        return [token for token in tokens if token.id not in self._stops]
+        kept = [token for token in tokens if token.id not in self._stops]
+        return [*(token.model_copy(update={"more": True}) for token in kept[:-1]), *kept[-1:]]
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Logits after the last position: [row, d_vocab], float32."""

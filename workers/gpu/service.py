@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -130,9 +130,9 @@ async def generate(worker: Worker, request: Request) -> Response:
 
     async def lines() -> AsyncIterator[bytes]:
         try:
-            yield _line(first)
-            async for event in events:
-                yield _line(event)
+            yield _lines(first)
+            async for step in events:
+                yield _lines(step)
         finally:
             # Also when the client went: the response is cancelled and the run with it.
             await events.aclose()
@@ -140,25 +140,25 @@ async def generate(worker: Worker, request: Request) -> Response:
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
-async def _generate(worker: Worker, asked: GenerateRequest) -> Any:
+async def _generate(worker: Worker, asked: GenerateRequest) -> AsyncGenerator[list[Any]]:
+    """Yield events in the groups in which they come: the start, each step's tokens, the end."""
     started = time.monotonic()
     with worker.lane.admit():
         async with worker.residents.hold(asked.model, [direction.sae for direction in asked.directions]) as held:
             start, prompt_ids = await asyncio.to_thread(_prepare, worker, held, asked)
-            yield Start.model_construct(event="start", prompt_ids=prompt_ids)
+            yield [Start.model_construct(prompt_ids=prompt_ids)]
             error = ""
             tokens = worker.lane.generate(start)
             try:
                 async for step in tokens:
-                    for token in step:
-                        yield token
+                    yield step
             except (AtlasError, NotFinite) as failure:
                 error = str(failure)
             except Exception:
                 error = "The gpu worker failed while generating; its log has the cause."
             finally:
                 await tokens.aclose()
-            yield End.model_construct(event="end", error=error, seconds=round(time.monotonic() - started, 3))
+            yield [End.model_construct(error=error, seconds=round(time.monotonic() - started, 3))]
 
 
 def _prepare(worker: Worker, held: Held, asked: GenerateRequest) -> tuple[Callable[[], Generation], list[int]]:
@@ -261,5 +261,5 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) 
     return Response(orjson.dumps(value), status, headers, "application/json")
 
 
-def _line(event: BaseModel) -> bytes:
-    return orjson.dumps(event.__dict__) + b"\n"
+def _lines(events: list[BaseModel]) -> bytes:
+    return b"".join(orjson.dumps(event.__dict__) + b"\n" for event in events)

@@ -1,0 +1,125 @@
+"""A bundle brings an SAE to another Atlas exactly, and a changed one is refused whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import bundles, db, harvests
+from app.errors import BadFile, Conflict
+from app.settings import Settings
+from app.tables import Evidence, Explanation, Feature, Source
+from tests.conftest import D_IN, D_SAE
+from tests.tiny import save_sae
+
+
+def quiet(_share: float, _status: str) -> None:
+    pass
+
+
+@pytest.fixture
+def bundle(session: Session, settings: Settings, tmp_path: Path) -> Path:
+    """The filled catalog's first source, with real weights, exported."""
+    import torch
+
+    directory = tmp_path / "sae"
+    config = {"architecture": "topk", "k": 2, "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "device": "cpu"}
+    config |= {"metadata": {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"}}
+    shapes = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+    save_sae(directory, config, {name: torch.ones(shape) for name, shape in shapes.items()})
+    from app.weights import check_sae
+
+    facts = check_sae(directory, D_IN, settings)
+    source = harvests.catalogue_sae(
+        session, settings, facts, model_id="tiny", set_name="demo", metrics={"l0": 2.0}, origin={"by": "test"}
+    )
+    session.add(
+        Explanation(
+            source_id=source.id,
+            index=3,
+            text="written by hand",
+            method="human",
+            author="Ada",
+        )
+    )
+    session.get_one(Feature, (source.id, 3)).label = "written by hand"
+    bundles.export_bundle(session, settings, "tiny", "1-demo", tmp_path / "bundle", quiet)
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def other(elsewhere: Settings) -> Session:
+    engine = db.connect(elsewhere)
+    db.migrate(engine)
+    return db.sessions(engine)()
+
+
+def everything(session: Session) -> list[list[object]]:
+    features = select(Feature.index, Feature.density, Feature.max_act, Feature.top_token, Feature.top_logit)
+    blobs = select(Evidence.index, Evidence.blob)
+    return [[tuple(row) for row in session.execute(q)] for q in (features.order_by("latent"), blobs.order_by("latent"))]
+
+
+def test_export_and_import_are_an_exact_round_trip(
+    bundle: Path, session: Session, other: Session, elsewhere: Settings
+) -> None:
+    source = bundles.import_bundle(other, elsewhere, bundle, quiet)
+    assert everything(other) == everything(session)
+    assert (source.name, source.metrics, source.origin) == ("1-demo", {"l0": 2.0}, {"by": "test"})
+    assert other.get_one(Feature, (source.id, 3)).label == "written by hand"
+    again = bundles.export_bundle(other, elsewhere, "tiny", "1-demo", bundle.parent / "again", quiet)
+    first = json.loads((bundle / "manifest.json").read_text())
+    assert again.files == first["files"]
+
+
+def test_importing_twice_changes_nothing(bundle: Path, other: Session, elsewhere: Settings) -> None:
+    bundles.import_bundle(other, elsewhere, bundle, quiet)
+    before = everything(other)
+    bundles.import_bundle(other, elsewhere, bundle, quiet)
+    assert everything(other) == before
+    assert len(other.scalars(select(Source)).all()) == 1
+
+
+@pytest.mark.parametrize("file", bundles.FILES)
+def test_a_changed_file_is_named_and_nothing_is_imported(
+    bundle: Path, other: Session, elsewhere: Settings, file: str
+) -> None:
+    (bundle / file).write_bytes((bundle / file).read_bytes() + b" ")
+    with pytest.raises(BadFile, match=file):
+        bundles.import_bundle(other, elsewhere, bundle, quiet)
+    assert not other.scalars(select(Source)).all()
+    assert not (elsewhere.data_dir / "saes").exists()
+
+
+def test_a_manifest_cannot_lead_out_of_the_data_directory(bundle: Path, other: Session, elsewhere: Settings) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["corpus"]["hash"] = "../../etc"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadFile, match="cannot be a directory"):
+        bundles.import_bundle(other, elsewhere, bundle, quiet)
+
+
+def test_another_sae_of_the_same_name_is_a_conflict_with_both_hashes(
+    bundle: Path, session: Session, settings: Settings
+) -> None:
+    source = harvests.source_named(session, "tiny", "1-demo")
+    source.sae_hash = "0123456789abcdef"
+    with pytest.raises(Conflict, match="0123456789abcdef"):
+        bundles.import_bundle(session, settings, bundle, quiet)
+
+
+def test_a_bundle_of_another_version_says_which_is_read(bundle: Path, other: Session, elsewhere: Settings) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["version"] = 2
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadFile, match=r"version 2.*version 1"):
+        bundles.import_bundle(other, elsewhere, bundle, quiet)
