@@ -182,7 +182,7 @@ def _feature_lines(session: Session, source: Source, harvest: Harvest, report: R
         .where(Feature.source_id == source.id)
         .order_by(Feature.index)
     )
-    for index, label, top_token, top_logit, blob in session.execute(query.execution_options(yield_per=500)).tuples():
+    for index, label, top_token, top_logit, blob in session.execute(query.execution_options(yield_per=500)):
         report(0.2 + 0.8 * index / source.d_sae, f"Packing feature {index:,} of {source.d_sae:,}")
         line = {"index": index, "label": label, "top_token": top_token, "top_logit": top_logit}
         line["blob"] = base64.b64encode(blob).decode()
@@ -279,11 +279,8 @@ def _features(path: Path, manifest: Manifest, report: Report) -> Iterator[Featur
 
 
 def _import_explanations(session: Session, source: Source, path: Path) -> None:
-    known = set(
-        session.execute(
-            select(Explanation.index, Explanation.text, Explanation.author).where(Explanation.source_id == source.id)
-        ).tuples()
-    )
+    query = select(Explanation.index, Explanation.text, Explanation.author)
+    known = {tuple(row) for row in session.execute(query.where(Explanation.source_id == source.id))}
     for row in _json_lines(path / "evidence/explanations.jsonl.zst"):
         if (row["index"], row["text"], row["author"]) not in known:
             created_at = datetime.fromisoformat(row.pop("created_at"))

@@ -18,7 +18,7 @@ import lzma
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -221,7 +221,8 @@ def _lines(file: Any) -> Iterator[str]:
         raise BadFile(f"The corpus cannot be read as UTF-8 text: {error}.") from error
     finally:
         # A wrapper closes its file when it is collected, while the file's position is still asked for.
-        text.detach().detach()
+        with suppress(ValueError):  # closed already, where reading was broken off
+            text.detach().detach()
 
 
 def _parse_jsonl(lines: Iterable[str], path: Path) -> Iterator[Document]:

@@ -103,7 +103,7 @@ def _human_labels(session: Session, source: Source) -> dict[int, str]:
         .where(Explanation.source_id == source.id, Explanation.method != HEURISTIC)
         .order_by(Explanation.id)
     )
-    return dict(rows.tuples().all())
+    return {index: text for index, text in rows}  # noqa: C416 - rows are no mapping for pyright
 
 
 def _feature_row(source: Source, feature: FeatureRecord, label: str) -> dict[str, Any]:

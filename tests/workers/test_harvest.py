@@ -1,0 +1,207 @@
+"""Evidence against a naive two-pass reference, whatever the batches and shards; and the job from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sqlalchemy import select
+
+from app import corpora, db, evidence, harvests, weights
+from app.settings import Settings
+from app.specs import HarvestSpec
+from app.tables import Evidence, Feature, Job, Model, Source
+from tests.tiny import TEXT, Tiny
+from workers import activations
+from workers.trainer import assemble, explain, harvest
+from workers.trainer.kinds import JobContext
+from workers.trainer.spill import Spill, write
+
+CONTEXT = 9
+
+
+@pytest.fixture
+def job(tiny: Tiny, tmp_path: Path) -> Iterator[JobContext]:
+    """A catalog with the tiny model, its TopK SAE and a corpus, and a harvest job in it."""
+    settings = Settings(data_dir=tmp_path / "data", device="cpu")
+    (settings.data_dir / "models").mkdir(parents=True)
+    (settings.data_dir / "models" / "tiny").symlink_to(tiny.model.path)
+    engine = db.connect(settings)
+    db.migrate(engine)
+    words = TEXT.split()
+    lines = [" ".join(words[i % 7 :: 1 + i % 5]) + "\n\n" for i in range(60)]
+    (tmp_path / "c.txt").write_text("".join(lines))
+    spec = HarvestSpec(
+        model="tiny", source="1-x", corpus="c", n_tokens=1_500, context_size=CONTEXT, n_top=4, n_per_interval=2
+    )
+    make = db.sessions(engine)
+    with make.begin() as session:
+        card = harvest.loaded.LanguageModel.load(Path(tiny.model.path)).card
+        session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
+        corpora.add_corpus(session, settings, tmp_path / "c.txt", "c")
+        facts = weights.check_sae(Path(tiny.topk.path), card.d_model, settings)
+        harvests.catalogue_sae(session, settings, facts, model_id="tiny", set_name="x", metrics={}, origin={})
+        row = Job(kind="harvest", title="t", spec=spec.model_dump(), workflow_id="w", result={})
+        session.add(row)
+        session.flush()
+        job_id = row.id
+    directory = settings.job_dir(job_id)
+    directory.mkdir(parents=True)
+    yield JobContext(settings, make, job_id, spec.model_dump(), directory)
+    engine.dispose()
+
+
+def run(context: JobContext) -> dict[str, object]:
+    kind = harvest.Harvest()
+    for step in kind.plan(context):
+        kind.run(context, step)
+    return kind.finish(context)
+
+
+def stored(context: JobContext) -> dict[int, bytes]:
+    with context.sessions() as session:
+        return {row.index: row.blob for row in session.scalars(select(Evidence))}
+
+
+def naive_acts(context: JobContext) -> np.ndarray:
+    """[contexts, positions, d_sae] of the whole corpus in one forward pass; first positions zero."""
+    reading = harvest._reading(context)
+    ids = torch.from_numpy(reading.stream.contexts(np.arange(reading.n_contexts), CONTEXT, reading.bos))
+    x = reading.model.read(ids, [reading.coder.hook_name])[reading.coder.hook_name]
+    acts = reading.coder.encode(x.flatten(0, 1)).reshape(*ids.shape, -1).numpy()
+    acts[:, 0] = 0
+    return acts
+
+
+def test_evidence_equals_a_naive_two_pass_reference(job: JobContext) -> None:
+    acts = naive_acts(job)
+    reading = harvest._reading(job)
+    result = run(job)
+    assert result["n_tokens"] == acts.shape[0] * (CONTEXT - 1)
+    assert acts.shape[0] > 150
+    for latent, blob in stored(job).items():
+        found, mine = evidence.unpack(blob), acts[:, :, latent]
+        active = mine[mine > 0]
+        assert found.n_active == len(active)
+        if not len(active):
+            assert found.top == ()
+            continue
+        assert found.max_act == pytest.approx(active.max(), rel=1e-4)
+        assert found.mean_act == pytest.approx(active.mean(), rel=1e-4)
+        assert abs(found.histogram - np.histogram(active, bins=50, range=(0, active.max()))[0]).sum() <= 2
+        peaks = mine.max(axis=1)
+        for example in [*found.top, *(e for band in found.intervals for e in band.examples)]:
+            dense = np.zeros(CONTEXT)
+            dense[example.positions] = example.values
+            np.testing.assert_allclose(dense, mine[example.context], rtol=1e-3, atol=found.max_act * 1e-4)
+        texts = {tuple(reading.stream.context(e.context, CONTEXT, reading.bos)) for e in found.top}
+        assert len(texts) == len(found.top)
+        best = sorted(set(np.round(peaks[peaks > 0], 4)), reverse=True)[0]
+        assert found.top[0].max == pytest.approx(best, rel=1e-3)
+        assert sum(band.count for band in found.intervals) == found.n_active
+
+
+def test_each_interval_holds_contexts_that_peak_in_it(job: JobContext) -> None:
+    run(job)
+    n_examples = 0
+    for blob in stored(job).values():
+        for band in evidence.unpack(blob).intervals:
+            for example in band.examples:
+                assert band.low * 0.999 <= example.max <= band.high * 1.001
+                n_examples += 1
+    assert n_examples > 20
+
+
+def test_correlations_equal_numpy_over_all_tokens(job: JobContext) -> None:
+    acts = naive_acts(job)[:, 1:].reshape(-1, 40).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = np.nan_to_num(np.corrcoef(acts.T), nan=0.0)
+    run(job)
+    for latent, blob in stored(job).items():
+        found = evidence.unpack(blob)
+        if found.n_active:
+            np.testing.assert_allclose(found.pearson, expected[latent, found.correlated], atol=2e-3)
+            best = np.delete(expected[latent], latent).max()
+            assert float(found.pearson[0]) == pytest.approx(best, abs=2e-3)
+
+
+def test_shards_and_batches_change_nothing(job: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(job)
+    expected = stored(job)
+    job.directory.mkdir()
+    monkeypatch.setattr(harvest, "CONTEXTS_PER_SHARD", 37)
+    monkeypatch.setattr(harvest, "LATENTS_PER_STEP", 7)
+    monkeypatch.setattr(harvest, "LATENTS_PER_CHUNK", 3)
+    # Forward passes of the same contexts, so that activations are equal to the bit and only the cutting differs.
+    monkeypatch.setattr(activations, "TOKENS_PER_FORWARD", CONTEXT)
+    one_by_one = dataclasses.replace(job)
+    run(one_by_one)
+    for latent, blob in stored(job).items():
+        a, b = evidence.unpack(expected[latent]), evidence.unpack(blob)
+        assert (a.n_active, [e.context for e in a.top]) == (b.n_active, [e.context for e in b.top])
+        assert a.max_act == pytest.approx(b.max_act, rel=1e-5)
+        assert [[e.context for e in i.examples] for i in a.intervals] == [
+            [e.context for e in i.examples] for i in b.intervals
+        ]
+
+
+def test_the_catalog_shows_the_features_and_the_job_tidies_up(job: JobContext) -> None:
+    result = run(job)
+    with job.sessions() as session:
+        source = session.scalars(select(Source)).one()
+        features = session.scalars(select(Feature).order_by(Feature.index)).all()
+    assert result["url"] == "/tiny/1-x"
+    assert source.harvest_id is not None
+    assert [f.index for f in features] == list(range(40))
+    assert any(f.label.startswith("fires") for f in features)
+    assert not job.directory.exists()
+
+
+def test_a_second_harvest_of_the_corpus_replaces_the_first(job: JobContext) -> None:
+    run(job)
+    first = stored(job)
+    job.directory.mkdir()
+    run(job)
+    assert stored(job) == first
+
+
+def test_shards_merge_into_one_order(tmp_path: Path) -> None:
+    write(tmp_path / "a", np.array([2, 0, 2]), np.array([5, 1, 3]), np.array([1.0, 2.0, 3.0], dtype=np.float32), 4)
+    write(tmp_path / "b", np.array([0, 2]), np.array([9, 7]), np.array([4.0, 5.0], dtype=np.float32), 4)
+    records = Spill([tmp_path / "a", tmp_path / "b"], 4).records(0, 4)
+    assert records.of(2)[0].tolist() == [3, 5, 7]
+    assert records.of(2)[1].tolist() == [3.0, 1.0, 5.0]
+    assert records.of(0)[0].tolist() == [1, 9]
+    assert len(records.of(1)[0]) == 0
+    assert Spill([tmp_path / "a", tmp_path / "b"], 4).records(2, 3).of(0)[0].tolist() == [3, 5, 7]
+
+
+def test_correlation_of_a_thinned_corpus_stays_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    tokens = np.arange(20_000)
+    a = rng.random(20_000).astype(np.float32)
+    both = np.concatenate([a, a + 0.3 * rng.random(20_000).astype(np.float32)])
+    write(tmp_path / "s", np.repeat([0, 1], 20_000), np.tile(tokens, 2), both, 3)
+    monkeypatch.setattr(assemble, "_MAX_CORRELATED_RECORDS", 10_000)
+    found = assemble.Correlation.of(Spill([tmp_path / "s"], 3), 3, 20_000, 20_000).strongest(0, 1)
+    assert found[0][0, 0] == 1
+    assert found[1][0, 0] == pytest.approx(np.corrcoef(a, both[20_000:])[0, 1], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "before", "promoted", "label"),
+    [
+        ([" Monday"] * 7 + [" Tuesday"] * 3, ["on"] * 10, [], "fires on `Monday`"),
+        (list("abcdefghij"), ["the"] * 10, [" x"], "fires after `the`"),
+        (["walking", "walked", "walks", "walker"], ["1", "2", "3", "4"], [], "fires on words in `wal`…"),
+        ([], [], ["x"], ""),
+    ],
+)
+def test_labels_say_what_they_were_made_from(
+    peaks: list[str], before: list[str], promoted: list[str], label: str
+) -> None:
+    assert explain.heuristic_label(peaks, before, promoted).startswith(label)

@@ -1,0 +1,107 @@
+"""Losses, statistics and logit effects against plain formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from workers.sae.coders import StandardCoder
+from workers.sae.logits import fold_final_norm, logit_effects, nearest_rows
+from workers.sae.losses import TopKParameters, initial_parameters, normalise_rows, remove_parallel_gradient, topk_loss
+from workers.sae.stats import ReconstructionStats
+
+D_IN, D_SAE, K, BATCH = 5, 9, 3, 7
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters() -> TopKParameters:
+    made = initial_parameters(D_IN, D_SAE, random(D_IN, seed=5), torch.Generator().manual_seed(1))
+    return TopKParameters(*(torch.nn.Parameter(t) for t in made))
+
+
+def test_predicting_the_mean_explains_no_variance_and_the_identity_all() -> None:
+    x = random(BATCH, D_IN) + 100
+    for x_hat, explained in ((x.mean(0).expand_as(x), 0.0), (x, 1.0)):
+        stats = ReconstructionStats()
+        stats.add_reconstruction(x, x_hat)
+        assert stats.metrics()["explained_variance"] == pytest.approx(explained, abs=1e-9)
+
+
+def test_metrics_do_not_depend_on_how_rows_are_batched() -> None:
+    coder = StandardCoder(tensors=dict(parameters()._asdict()), config={"metadata": {"hook_name": "x"}})
+    x = random(BATCH, D_IN)
+    whole, parts = ReconstructionStats(), ReconstructionStats()
+    with torch.no_grad():
+        whole.add(x, coder)
+        for part in x.split(2):
+            parts.add(part, coder)
+    assert whole.metrics() == pytest.approx(parts.metrics())
+
+
+def test_the_loss_is_one_minus_explained_variance_of_the_k_largest() -> None:
+    x, p = random(BATCH, D_IN, seed=2), parameters()
+    loss = topk_loss(x, p, K, torch.zeros(D_SAE, dtype=torch.bool), 4, 1 / 32)
+    x_hat = torch.zeros_like(x)
+    for row in range(BATCH):
+        pre = (x[row] - p.b_dec) @ p.W_enc + p.b_enc
+        for latent in sorted(range(D_SAE), key=lambda i: -pre[i].item())[:K]:
+            x_hat[row] += pre[latent].clamp_min(0) * p.W_dec[latent]
+        x_hat[row] += p.b_dec
+    expected = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    torch.testing.assert_close(loss.total, expected)
+
+
+def test_only_dead_latents_learn_from_the_aux_loss() -> None:
+    x, p = random(BATCH, D_IN, seed=2), parameters()
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[[2, 6]] = True
+    with_aux = topk_loss(x, p, K, dead, 2, 1.0)
+    without = topk_loss(x, p, K, torch.zeros_like(dead), 2, 1.0)
+    (with_aux.total - without.total).backward()
+    assert p.W_dec.grad is not None
+    assert set(p.W_dec.grad.abs().sum(-1).nonzero().flatten().tolist()) <= {2, 6}
+    assert float(with_aux.aux) > 0
+
+
+def test_decoder_rows_keep_norm_one_and_gradients_stay_orthogonal() -> None:
+    p = parameters()
+    (p.W_dec * random(D_SAE, D_IN, seed=4)).sum().backward()
+    remove_parallel_gradient(p.W_dec)
+    assert p.W_dec.grad is not None
+    torch.testing.assert_close((p.W_dec.grad * p.W_dec).sum(-1), torch.zeros(D_SAE), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        p.W_dec.add_(random(D_SAE, D_IN, seed=6))
+    normalise_rows(p.W_dec)
+    torch.testing.assert_close(p.W_dec.norm(dim=-1), torch.ones(D_SAE))
+
+
+def test_logit_effects_equal_a_loop_over_the_vocabulary() -> None:
+    rows, unembedding, weight = random(3, D_IN), random(12, D_IN, seed=3), random(D_IN, seed=9)
+    effects = logit_effects(rows, fold_final_norm(unembedding, weight, centred=False), n=4)
+    for row in range(3):
+        each = [float((rows[row] * weight) @ unembedding[t]) for t in range(12)]
+        order = sorted(range(12), key=lambda t: -each[t])
+        assert effects.top_ids[row].tolist() == order[:4]
+        assert effects.bottom_ids[row].tolist() == order[::-1][:4]
+        assert int(effects.histogram[row].sum()) == 12
+        assert float(effects.high[row]) == pytest.approx(max(each), abs=1e-6)
+
+
+def test_a_layernorm_takes_the_mean_out_of_the_direction() -> None:
+    rows, unembedding, weight = random(3, D_IN), random(12, D_IN, seed=3), random(D_IN, seed=9)
+    folded = fold_final_norm(unembedding, weight, centred=True)
+    centred = (rows - rows.mean(-1, keepdim=True)) * weight
+    torch.testing.assert_close(rows @ folded.T, centred @ unembedding.T)
+
+
+def test_nearest_rows_leave_out_the_row_itself() -> None:
+    W_dec = random(D_SAE, D_IN)
+    found = nearest_rows(W_dec, 4, 7, n=3)
+    for place, row in enumerate(range(4, 7)):
+        cosines = torch.cosine_similarity(W_dec[row], W_dec, dim=-1)
+        cosines[row] = -2
+        torch.testing.assert_close(found.cosines[place], cosines.topk(3).values)
+        assert found.indices[place].tolist() == cosines.topk(3).indices.tolist()

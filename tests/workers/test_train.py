@@ -1,0 +1,234 @@
+"""Training: it learns, a seed fixes the weights, a killed run ends with the weights of an uninterrupted one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE
+from safetensors.torch import load_file
+from sqlalchemy import select
+
+from app import corpora, db, jobs
+from app.corpora import Stream
+from app.settings import Settings
+from app.specs import TrainSpec
+from app.tables import Job, JobMetric, JobState, Model, Source
+from tests.tiny import TEXT, Tiny
+from workers.activations import CachedActivations
+from workers.language_model import LanguageModel
+from workers.trainer import train
+from workers.trainer.kinds import JobContext
+
+SPEC: dict[str, Any] = {
+    "model": "tiny",
+    "corpus": "c",
+    "hook_name": "blocks.1.hook_resid_post",
+    "set_name": "trained",
+    "d_sae": 48,
+    "k": 4,
+    "context_size": 16,
+    "n_tokens": 6_000,
+    "epochs": 8,
+    "batch_size": 256,
+    "lr": 3e-3,
+    "warmup_steps": 5,
+    "aux_k": 8,
+    "dead_after_tokens": 2_000,
+    "steps_per_checkpoint": 10,
+    "n_eval_tokens": 1_000,
+    "held_out": 0.2,
+    "weights_dtype": "float32",
+}
+
+
+@pytest.fixture
+def settings(tiny: Tiny, tmp_path: Path) -> Settings:
+    """A catalog with the tiny model and a corpus of a few thousand words."""
+    made = Settings(data_dir=tmp_path / "data", device="cpu", threads=1, takeover_seconds=2, beat_seconds=0.5)
+    (made.data_dir / "models").mkdir(parents=True)
+    (made.data_dir / "models" / "tiny").symlink_to(tiny.model.path)
+    db.migrate(db.connect(made))
+    rng = np.random.default_rng(0)
+    (tmp_path / "c.txt").write_text(" ".join(rng.choice(TEXT.split(), 9_000)))
+    with db.sessions(db.connect(made)).begin() as session:
+        card = LanguageModel.load(Path(tiny.model.path)).card
+        session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
+        corpora.add_corpus(session, made, tmp_path / "c.txt", "c")
+    return made
+
+
+@pytest.fixture
+def job(settings: Settings) -> JobContext:
+    return context(settings, SPEC)
+
+
+def context(settings: Settings, spec: dict[str, Any]) -> JobContext:
+    make = db.sessions(db.connect(settings))
+    full = TrainSpec(**spec).model_dump(mode="json")
+    with make.begin() as session:
+        job = Job(kind="train", title="t", spec=full, workflow_id="w", result={}, state=JobState.RUNNING)
+        session.add(job)
+        session.flush()
+        job_id = job.id
+    settings.job_dir(job_id).mkdir(parents=True)
+    return JobContext(settings, make, job_id, full, settings.job_dir(job_id))
+
+
+def run(context: JobContext) -> dict[str, Any]:
+    kind = train.Train()
+    for step in kind.plan(context):
+        kind.run(context, step)
+    return kind.finish(context)
+
+
+def weights(context: JobContext) -> dict[str, torch.Tensor]:
+    with context.sessions() as session:
+        source = session.scalars(select(Source)).one()
+    return load_file(context.settings.sae_dir(source.sae_hash) / "sae_weights.safetensors")
+
+
+def test_a_trained_sae_explains_the_activations_and_is_catalogued(job: JobContext) -> None:
+    result = run(job)
+    assert result["explained_variance"] > 0.5
+    assert result["l0"] <= 4
+    with job.sessions() as session:
+        source = session.scalars(select(Source)).one()
+        curve = session.scalars(select(JobMetric).order_by(JobMetric.step)).all()
+    assert (source.name, source.d_sae, source.origin["job"]) == ("1-trained", 48, job.job_id)
+    assert curve[-1].values["explained_variance"] > curve[0].values["explained_variance"]
+    torch.testing.assert_close(weights(job)["W_dec"].norm(dim=-1), torch.ones(48))
+
+
+def test_sae_lens_reads_it_and_finds_the_same_explained_variance(job: JobContext, tiny: Tiny) -> None:
+    result = run(job)
+    with job.sessions() as session:
+        source = session.scalars(select(Source)).one()
+        corpus = corpora.corpus_named(session, "c")
+    theirs = SAE.load_from_disk(str(job.settings.sae_dir(source.sae_hash)))
+    model = LanguageModel.load(Path(tiny.model.path))
+    tokens = corpora.tokens_dir(job.settings, corpus.hash, model.card.tokenizer_hash)
+    stream = Stream.open(tokens)
+    spec = TrainSpec(**job.spec)
+    _, held_out = train.split(spec, stream, model.card.bos_token_id)
+    ids = torch.from_numpy(stream.contexts(held_out[:800], spec.context_size, model.card.bos_token_id))
+    x = model.read(ids, [spec.hook_name])[spec.hook_name][:, 1:].flatten(0, 1)
+    x = x[x.norm(dim=-1) <= result["max_norm"]]
+    with torch.no_grad():
+        x_hat = theirs.decode(theirs.encode(x))
+    explained = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert result["explained_variance"] == pytest.approx(float(explained), abs=1e-4)
+
+
+def test_the_loss_score_is_what_its_definition_says(job: JobContext, tiny: Tiny) -> None:
+    result = run(job)
+    score = (result["ce_loss_zero"] - result["ce_loss_sae"]) / (result["ce_loss_zero"] - result["ce_loss_clean"])
+    assert result["ce_loss_score"] == pytest.approx(score)
+    model = LanguageModel.load(Path(tiny.model.path))
+    spec = TrainSpec(**job.spec)
+    with job.sessions() as session:
+        corpus = corpora.corpus_named(session, "c")
+    stream = Stream.open(corpora.tokens_dir(job.settings, corpus.hash, model.card.tokenizer_hash))
+    _, held_out = train.split(spec, stream, model.card.bos_token_id)
+    rows = held_out[: -(-spec.n_eval_tokens // spec.context_size)]
+    ids = torch.from_numpy(stream.contexts(rows, spec.context_size, model.card.bos_token_id))
+    with torch.no_grad():
+        clean = float(model.hf(input_ids=ids, labels=ids).loss)
+    assert result["ce_loss_clean"] == pytest.approx(clean, abs=1e-4)
+
+
+def test_steps_done_twice_and_resumed_give_the_same_weights(settings: Settings) -> None:
+    first = context(settings, SPEC)
+    run(first)
+    expected = weights(first)
+    second = context(settings, SPEC)
+    kind = train.Train()
+    for step in kind.plan(second):
+        kind.run(second, step)
+        kind.run(second, step)  # as after a crash between the step's end and its record
+    kind.finish(second)
+    for name, tensor in weights(second).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_trainer_killed_in_mid_step_ends_with_the_weights_of_an_uninterrupted_run(settings: Settings) -> None:
+    spec = SPEC | {"epochs": 60}
+    whole = context(settings, spec)
+    run(whole)
+    expected = weights(whole)
+    with whole.sessions.begin() as session:
+        job_id = jobs.submit(session, settings, "train", "t", TrainSpec(**spec).model_dump(mode="json")).id
+    trainer = start(settings)
+    wait(whole, job_id, lambda job: job.status.startswith("step") and job.done > 0.3)
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    trainer = start(settings)
+    try:
+        wait(whole, job_id, lambda job: JobState(job.state).ended)
+    finally:
+        trainer.terminate()
+        trainer.wait()
+    with whole.sessions() as session:
+        assert jobs.get(session, job_id).state == JobState.DONE, jobs.get(session, job_id).error
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def start(settings: Settings) -> subprocess.Popen[bytes]:
+    variables = {
+        "SAE_ATLAS_DATA_DIR": str(settings.data_dir),
+        "SAE_ATLAS_TAKEOVER_SECONDS": "2",
+        "SAE_ATLAS_BEAT_SECONDS": "0.5",
+        "SAE_ATLAS_DEVICE": "cpu",
+    }
+    # As many threads as this process has: sums in another order would differ in the last bit.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, "-m", "workers.trainer"], env=os.environ | variables | threads)
+
+
+def wait(context: JobContext, job_id: int, ready: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with context.sessions() as session:
+            if ready(jobs.get(session, job_id)):
+                return
+        time.sleep(0.02)
+    raise AssertionError("the job did not get there in time")
+
+
+def test_a_loss_that_is_no_number_stops_the_job_with_the_step_and_the_cause(settings: Settings) -> None:
+    spec = TrainSpec(**(SPEC | {"lr": 1.0, "warmup_steps": 0}))
+    state = train.TrainingState.fresh(spec, torch.zeros(24))
+    with pytest.raises(train.Diverged, match=r"at step 0.*lr"):
+        train._train_step(state, spec, torch.full((8, 24), float("nan")), 10)
+
+
+def test_a_cache_over_the_budget_is_refused_with_both_numbers(settings: Settings) -> None:
+    small = settings.model_copy(update={"cache_bytes": 1_000_000})
+    asked = context(small, SPEC | {"n_tokens": 1_000_000})
+    with pytest.raises(Exception, match=r"0\.0 GB.*limit is 0\.0 GB"):
+        train.Train().plan(asked)
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(tmp_path: Path) -> None:
+    for i, size in enumerate((5, 0, 7)):
+        np.save(tmp_path / f"{i}.npy", np.arange(i * 5, i * 5 + size, dtype=np.float16)[:, None].repeat(2, 1))
+    data = CachedActivations([tmp_path / f"{i}.npy" for i in range(3)])
+    epochs = [torch.cat([data.batch(1, epoch, n, 4) for n in range(3)])[:, 0].tolist() for epoch in (0, 1)]
+    assert len(data) == 12
+    assert all(len(set(epoch)) == 12 for epoch in epochs)
+    assert set(data.batch(1, 0, 0, 4)[:, 0].tolist()) != set(data.batch(1, 1, 0, 4)[:, 0].tolist())
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    spec = TrainSpec(**SPEC)
+    rates = [train.learning_rate(step, 100, spec) / spec.lr for step in (0, 4, 50, 85, 99)]
+    assert rates == pytest.approx([0.2, 1.0, 1.0, 0.5, 1 / 30])
