@@ -69,7 +69,7 @@ def stored(context: JobContext) -> dict[int, bytes]:
 
 def naive_acts(context: JobContext) -> np.ndarray:
     """[contexts, positions, d_sae] of the whole corpus in one forward pass; first positions zero."""
-    reading = harvest._reading(context)
+    reading = harvest.reading_of(context)
     ids = torch.from_numpy(reading.stream.contexts(np.arange(reading.n_contexts), CONTEXT, reading.bos))
     x = reading.model.read(ids, [reading.coder.hook_name])[reading.coder.hook_name]
     acts = reading.coder.encode(x.flatten(0, 1)).reshape(*ids.shape, -1).numpy()
@@ -79,7 +79,7 @@ def naive_acts(context: JobContext) -> np.ndarray:
 
 def test_evidence_equals_a_naive_two_pass_reference(job: JobContext) -> None:
     acts = naive_acts(job)
-    reading = harvest._reading(job)
+    reading = harvest.reading_of(job)
     result = run(job)
     assert result["n_tokens"] == acts.shape[0] * (CONTEXT - 1)
     assert acts.shape[0] > 150

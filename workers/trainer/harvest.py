@@ -81,7 +81,7 @@ class Harvest(JobKind):
         return f"Harvest {asked.model}/{asked.source} from {asked.corpus}"
 
     def plan(self, context: JobContext) -> list[str]:
-        reading = _reading(context)
+        reading = reading_of(context)
         n_shards = -(-reading.n_contexts // CONTEXTS_PER_SHARD)
         n_parts = -(-reading.coder.d_sae // LATENTS_PER_STEP)
         return [
@@ -90,7 +90,7 @@ class Harvest(JobKind):
         ]
 
     def run(self, context: JobContext, step: str) -> None:
-        reading = _reading(context)
+        reading = reading_of(context)
         verb, _, place = step.partition(" ")
         number, total = (int(n) for n in place.split("/"))
         if verb == "read":
@@ -99,7 +99,7 @@ class Harvest(JobKind):
             _assemble_part(context, reading, number - 1)
 
     def finish(self, context: JobContext) -> dict[str, Any]:
-        reading = _reading(context)
+        reading = reading_of(context)
         records = list(_stored_records(context, reading))
         n_tokens = reading.n_contexts * reading.positions
         with context.sessions.begin() as session:
@@ -122,7 +122,8 @@ class Harvest(JobKind):
         return {"url": f"/{reading.spec.model}/{reading.spec.source}", "n_tokens": n_tokens, "dead_features": dead}
 
 
-def _reading(context: JobContext) -> Reading:
+def reading_of(context: JobContext) -> Reading:
+    """Load what a harvest job works with; model and SAE stay in memory between its steps."""
     spec = HarvestSpec(**context.spec)
     model = loaded.model(context, spec.model)
     with context.sessions() as session:

@@ -1,0 +1,71 @@
+"""Harvest of the demo SAE from its corpus against the bare cost: forward to the hook and the encode matmul."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app import corpora, db
+from app.settings import Settings
+from app.specs import HarvestSpec
+from tests.benchmarks.servers import demo, interleaved, medians, seconds
+from workers.memory import keep_freed_memory
+from workers.trainer import harvest, spill
+from workers.trainer.kinds import JobContext
+
+N_CONTEXTS, CONTEXT, ROUNDS = 128, 128, 5
+DEMO_TOKENS = 1_200_000
+
+
+def main() -> dict[str, Any]:
+    """Interleave reading with the bare cost, and add the assembly of all features as in a harvest of the demo."""
+    keep_freed_memory()
+    with demo() as servers, tempfile.TemporaryDirectory() as scratch:
+        reading = _reading(servers.settings, servers.model, servers.source, Path(scratch))
+        number = itertools.count()
+        sides = {
+            "bare": lambda: seconds(lambda: _bare(reading)),
+            "reading": lambda: seconds(lambda: _read(reading, Path(scratch) / f"{next(number)}.bin")),
+        }
+        took = medians(interleaved(sides, ROUNDS, warm_up=1))
+        records = spill.Spill([Path(scratch) / "0.bin"], reading.coder.d_sae)
+        assembly = seconds(lambda: sum(1 for _ in harvest.assembled(reading, records, 0, reading.coder.d_sae)))
+    n = N_CONTEXTS * CONTEXT
+    whole = took["reading"] * DEMO_TOKENS / n + assembly
+    return {
+        "bare": f"{n / took['bare']:,.0f} tokens/s",
+        "harvest, reading": f"{n / took['reading']:,.0f} tokens/s",
+        "ratio": round(took["bare"] / took["reading"], 2),
+        f"assembling {servers.d_sae:,} features": f"{assembly:.1f} s",
+        "ratio of a whole harvest of 1.2M tokens (aim >= 0.6)": round(took["bare"] * DEMO_TOKENS / n / whole, 2),
+    }
+
+
+def _reading(settings: Settings, model: str, source: str, scratch: Path) -> harvest.Reading:
+    make = db.sessions(db.connect(settings))
+    with make() as session:
+        corpus = corpora.corpora(session)[0].name
+    n_tokens = N_CONTEXTS * (CONTEXT - 1)
+    spec = HarvestSpec(model=model, source=source, corpus=corpus, n_tokens=n_tokens, context_size=CONTEXT)
+    return harvest.reading_of(JobContext(settings, make, 0, spec.model_dump(), scratch))
+
+
+def _bare(reading: harvest.Reading) -> None:
+    """Nothing but the model up to the hook and x W_enc, in the same batches."""
+    coder, hook = reading.coder, reading.coder.hook_name
+    with torch.inference_mode():
+        for rows in np.array_split(np.arange(N_CONTEXTS), N_CONTEXTS // 16):
+            ids = torch.from_numpy(reading.stream.contexts(rows, CONTEXT, reading.bos))
+            x = reading.model.read(ids, [hook])[hook].flatten(0, 1)
+            torch.addmm(coder.b_enc, x, coder.W_enc)
+
+
+def _read(reading: harvest.Reading, path: Path) -> None:
+    columns = [found for _, found in harvest.sparse_activations(reading, np.arange(N_CONTEXTS))]
+    latents, tokens, values = (np.concatenate(column) for column in zip(*columns, strict=True))
+    spill.write(path, latents, tokens, values, reading.coder.d_sae)
