@@ -40,7 +40,7 @@ def connect(settings: Settings) -> Engine:
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:  # pyright: ignore[reportUnusedFunction]
         cursor = connection.cursor()
-        _enter_wal(cursor)
+        enter_wal(cursor)
         for pragma in _PRAGMAS:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -48,7 +48,7 @@ def connect(settings: Settings) -> Engine:
     return engine
 
 
-def _enter_wal(cursor: sqlite3.Cursor) -> None:
+def enter_wal(cursor: sqlite3.Cursor) -> None:
     """Switch to WAL. Of processes that do so at once SQLite refuses all but one, without waiting for its timeout."""
     deadline = time.monotonic() + 10
     while True:

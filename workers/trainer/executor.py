@@ -383,5 +383,5 @@ def _prepare_file(url: str) -> None:
     path.touch(mode=0o600)
     path.chmod(0o600)
     connection = sqlite3.connect(path, timeout=30)
-    connection.execute("PRAGMA journal_mode=WAL")
+    db.enter_wal(connection.cursor())
     connection.close()
