@@ -94,8 +94,9 @@ class _Model:
 async def new_activation(body: NewActivation, session: Db, settings: Config, worker: Gpu) -> Response:
     """One feature on one text, or on each of many; tokens and values without the beginning-of-text token."""
     texts = texts_of(settings, body.customText)
-    source, latent = await run_in_threadpool(find_feature, session, body.feature)
-    model = await run_in_threadpool(_model, session, settings, source.model_id)
+    model, (source, latent) = await run_in_threadpool(
+        lambda: (_model(session, settings, body.feature.modelId), find_feature(session, body.feature))
+    )
     query = SaeQuery(sae=catalog.sae_ref(settings, source), latents=[latent])
     answers = [
         _activation(source, latent, text, model)
@@ -108,8 +109,7 @@ async def new_activation(body: NewActivation, session: Db, settings: Config, wor
 async def source_activations(body: SourceActivations, session: Db, settings: Config, worker: Gpu) -> Response:
     """Every active feature of a source on each text, sparse; the beginning-of-text token is counted but has none."""
     texts = texts_of(settings, body.customText)
-    source = await run_in_threadpool(catalog.source_card, session, body.modelId, body.source)
-    model = await run_in_threadpool(_model, session, settings, source.model_id)
+    model, source = await run_in_threadpool(_find, session, settings, body.modelId, body.source)
     answers = await _encode(settings, worker, source.model_id, texts, [_all_active(settings, source)])
     results = [
         {
@@ -128,8 +128,7 @@ async def source_activations(body: SourceActivations, session: Db, settings: Con
 async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of each token. With ignoreBos, special tokens are left out; positions still count them."""
     texts = texts_of(settings, body.text)
-    source = await run_in_threadpool(catalog.source_card, session, body.modelId, body.source)
-    model = await run_in_threadpool(_model, session, settings, source.model_id)
+    model, source = await run_in_threadpool(_find, session, settings, body.modelId, body.source)
     sparse = 0 < body.densityThreshold < 1
     wanted = SaeQuery(
         sae=catalog.sae_ref(settings, source),
@@ -150,8 +149,9 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
 async def search_all(body: SearchAll, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of a whole text in some or all sources of a set, with their values on every token."""
     texts = texts_of(settings, body.text)
-    sources = await run_in_threadpool(_sources_of, session, body)
-    model = await run_in_threadpool(_model, session, settings, body.modelId)
+    model, sources = await run_in_threadpool(
+        lambda: (_model(session, settings, body.modelId), _sources_of(session, body))
+    )
     queries = [_all_active(settings, source) for source in sources]
     answers = await _encode(settings, worker, body.modelId, texts, queries)
     results = [await run_in_threadpool(_found, session, text, sources, model, body) for text in answers]
@@ -176,6 +176,10 @@ def cossim(body: Cossim, session: Db, settings: Config) -> Response:
             ],
         }
     )
+
+
+def _find(session: Session, settings: Settings, model_id: str, name: str) -> tuple[_Model, SourceCard]:
+    return _model(session, settings, model_id), catalog.source_card(session, model_id, name)
 
 
 def _model(session: Session, settings: Settings, model_id: str) -> _Model:
