@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from app.corpora import Report, Stream
 from workers.activations import outlier_limit, read_contexts
@@ -80,14 +81,12 @@ def _spliced(
             stream.contexts(rows[start : start + CONTEXTS_PER_PASS], context_size, model.card.bos_token_id)
         ).to(model.device)
         clean = _log_probs(model, coder.hook_name, ids, None)
-        runs = {
-            "sae": _log_probs(model, coder.hook_name, ids, _replacing(coder.reconstruct, limit)),
-            "zero": _log_probs(model, coder.hook_name, ids, _replacing(torch.zeros_like, limit)),
-        }
         sums["ce_loss_clean"] += _cross_entropy(clean, ids)
-        for name, log_probs in runs.items():
+        for name, splice in {"sae": coder.reconstruct, "zero": torch.zeros_like}.items():
+            # One run at a time: the log-probabilities of a batch over the vocabulary take 100 MB.
+            log_probs = _log_probs(model, coder.hook_name, ids, _replacing(splice, limit))
             sums[f"ce_loss_{name}"] += _cross_entropy(log_probs, ids)
-            sums[f"kl_{name}"] += float((clean.exp() * (clean - log_probs)).sum())
+            sums[f"kl_{name}"] += float(kl_div(log_probs, clean, reduction="sum", log_target=True))
         n_tokens += ids.shape[0] * (ids.shape[1] - 1)
         report(start / len(rows), f"spliced into {n_tokens:,} held-out tokens")
     means = {name: value / n_tokens for name, value in sums.items()}
