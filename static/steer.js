@@ -35,6 +35,7 @@ function follow(input) {
     const reach = Math.max(Math.abs(number(exact)), Number(range.max));
     range.min = -reach;
     range.max = reach;
+    range.step = "any";
     range.value = exact.value;
   }
   times(row);

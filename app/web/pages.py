@@ -127,17 +127,23 @@ def label(text: str) -> Markup:
 
 
 def chip(text: str) -> Markup:
-    """Return one token for a list: as `shown`, with spaces at its ends visible."""
+    """Return one token for a list: as `shown`, with spaces at its ends visible and counted when there are many."""
     body = text.strip(" ")
-    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
     if not body:
-        return Markup('<i class="nl">{}</i>').format("␣" * len(text) or "∅")
+        return Markup('<i class="nl">{}</i>').format(_spaces(len(text), "␣") or "∅")
+    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
     dots = Markup('<i class="ws">{}</i>')
-    return (
-        (dots.format("·" * before) if before else Markup())
-        + shown(body)
-        + (dots.format("·" * after) if after else Markup())
+    return Markup().join(
+        [
+            dots.format(_spaces(before, "·")) if before else "",
+            shown(body),
+            dots.format(_spaces(after, "·")) if after else "",
+        ]
     )
+
+
+def _spaces(n: int, sign: str) -> str:
+    return sign * n if n <= 3 else f"{sign}×{n}"
 
 
 def query(parameters: dict[str, Any]) -> str:

@@ -1,0 +1,126 @@
+"""A real browser against real processes: `sae-atlas demo` in a data directory of its own, on a free port.
+
+SAE_ATLAS_TEST_DEMO_DIR names a directory whose demo is kept from run to run, so that the model is converted once;
+SAE_ATLAS_TEST_URL names a server that runs already, for work on the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SCREENSHOTS = Path(__file__).resolve().parent.parent / "screenshots"
+START_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The running demo."""
+
+    url: str
+    model: str = "smollm2-135m-instruct"
+    source: str = "12-demo"
+
+    @property
+    def path(self) -> str:
+        return f"{self.url}/{self.model}/{self.source}"
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[Demo]:
+    """The demo as a person starts it. Its processes end with the run."""
+    if "SAE_ATLAS_TEST_URL" in os.environ:
+        yield Demo(os.environ["SAE_ATLAS_TEST_URL"])
+        return
+    kept = os.environ.get("SAE_ATLAS_TEST_DEMO_DIR")
+    with tempfile.TemporaryDirectory(prefix="sae-atlas-demo-") as fresh:
+        port = _free_port()
+        environment = os.environ | {"SAE_ATLAS_DATA_DIR": kept or fresh, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", "from app.cli import main; main()", "demo", "--port", str(port)]
+        with open(Path(fresh) / "server.log", "wb") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            demo = Demo(f"http://127.0.0.1:{port}")
+            _wait(demo, process, Path(fresh) / "server.log")
+            yield demo
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    yield launched
+    launched.close()
+
+
+@pytest.fixture
+def page(browser: Browser, demo_server: Demo) -> Iterator[Page]:
+    """A page that fails its test for anything the browser complains of."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=demo_server.url)
+    opened = context.new_page()
+    complaints: list[str] = []
+    opened.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    yield opened
+    context.close()
+    assert complaints == []
+
+
+def shoot(context: BrowserContext, path: str, name: str) -> None:
+    """Keep a picture of a page for people to look at, after everything on it has settled."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    opened = context.new_page()
+    opened.goto(path, wait_until="networkidle")
+    opened.screenshot(path=SCREENSHOTS / f"{name}.png")
+    width = opened.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    opened.close()
+    assert width[0] <= width[1], f"{name} is {width[0]} px wide in a window of {width[1]}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(demo: Demo, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the demo ended at once:\n{log.read_text()[-3000:]}"
+        try:
+            if httpx.get(f"{demo.url}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"the demo was not ready within {START_SECONDS} s:\n{log.read_text()[-3000:]}")
