@@ -34,6 +34,10 @@ document.addEventListener("click", async (event) => {
   if (!target) return;
   if (target.matches("[data-keys-help]")) $("#keys").showModal();
   if (target.matches("[data-breaks]")) setBreaks(localStorage.breaks !== "real");
+  if (target.matches("[data-context]") && !event.ctrlKey && !event.metaKey) {
+    event.preventDefault();
+    htmx.ajax("GET", target.getAttribute("href"), { target: target.closest(".what"), swap: "innerHTML" });
+  }
   if (target.matches("[data-copy-example]")) {
     await navigator.clipboard.writeText(plainText($(".window", target.closest(".what"))));
     target.textContent = "copied";
