@@ -95,20 +95,23 @@ def _describe(directory: Path, model_id: str, name: str, origin: str) -> ModelCa
     _say("Describing the model")
     config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    write_vocabulary(directory / "vocabulary.json", token_bytes(tokenizer, config.vocab_size))
-    n_heads, d_model = config.num_attention_heads, config.hidden_size
+    if not (directory / "tokenizer.json").is_file():
+        tokenizer.save_pretrained(directory)  # from vocab.json and merges.txt, or a SentencePiece model
+    text = config.get_text_config()  # a model that also sees keeps its language part's sizes apart
+    write_vocabulary(directory / "vocabulary.json", token_bytes(tokenizer, text.vocab_size))
+    n_heads, d_model = text.num_attention_heads, text.hidden_size
     card = ModelCard(
         id=model_id,
         name=name,
         hash=_hash(sorted(directory.glob("*.safetensors"))),
         architecture=(config.architectures or [AutoModelForCausalLM._model_mapping[type(config)].__name__])[0],  # pyright: ignore
-        n_layers=config.num_hidden_layers,
+        n_layers=text.num_hidden_layers,
         d_model=d_model,
         n_heads=n_heads,
-        d_head=getattr(config, "head_dim", None) or d_model // n_heads,
-        d_mlp=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * d_model,
-        d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
+        d_head=getattr(text, "head_dim", None) or d_model // n_heads,
+        d_mlp=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * d_model,
+        d_vocab=text.vocab_size,
+        n_ctx=text.max_position_embeddings,
         bos_token_id=tokenizer.bos_token_id,
         special_token_ids=sorted({i for i, token in tokenizer.added_tokens_decoder.items() if token.special}),
         tokenizer_hash=_hash([directory / "tokenizer.json"])[:16],

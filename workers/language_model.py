@@ -27,30 +27,42 @@ from app.protocol import ModelCard
 Edit = Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]
 
 
+Side = Literal["input", "output", "stream"]
+"""Which tensor of a module: its first argument, its (first) output, or its argument as the residual stream.
+
+An edit of the input reaches this module alone; an edit of the stream also what the block adds to it afterwards.
+"""
+
+
 @dataclass(frozen=True)
-class HookPoint:
-    """Where a hook name lies: which submodule of a block, whether its input or its output, and in which order."""
+class Place:
+    """A hook point in one architecture."""
 
-    kind: str
-    component: str
-    """The block's part in transformer-lens' words, dotted; empty for the block itself."""
-    side: Literal["input", "output"]
-    order: int
-    """Order of evaluation within a block."""
+    module: str
+    """Relative to the block; empty for the block itself."""
+    side: Side
 
 
-HOOK_POINTS: dict[str, HookPoint] = {
-    point.kind: point
-    for point in (
-        HookPoint("hook_resid_pre", "", "input", 0),
-        HookPoint("attn.hook_z", "attn.o", "input", 1),
-        HookPoint("hook_attn_out", "attn", "output", 2),
-        HookPoint("hook_resid_mid", "ln2", "input", 3),
-        HookPoint("hook_mlp_in", "ln2", "input", 3),
-        HookPoint("hook_mlp_out", "mlp", "output", 4),
-        HookPoint("hook_resid_post", "", "output", 5),
-    )
+@dataclass(frozen=True)
+class Layout:
+    """Where an architecture keeps what transformer-lens names."""
+
+    blocks: str
+    final_norm: str
+    places: dict[str, Place]
+    """By kind of hook; a kind that the architecture does not have is missing, as hook_resid_mid in parallel blocks."""
+
+
+HOOK_POINTS: dict[str, int] = {
+    "hook_resid_pre": 0,
+    "attn.hook_z": 1,
+    "hook_attn_out": 2,
+    "hook_resid_mid": 3,
+    "hook_mlp_in": 3,
+    "hook_mlp_out": 4,
+    "hook_resid_post": 5,
 }
+"""Kinds of hooks, with their order of evaluation within a block."""
 _HOOK_NAME = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 
 
@@ -61,11 +73,11 @@ class _Stop(Exception):
 class LanguageModel:
     """A causal language model from a directory made by workers.install_model."""
 
-    def __init__(self, card: ModelCard, hf: PreTrainedModel, tokenizer: Any, component_names: dict[str, str]) -> None:
+    def __init__(self, card: ModelCard, hf: PreTrainedModel, tokenizer: Any, layout: Layout) -> None:
         self.card = card
         self.hf = hf
         self.tokenizer = tokenizer
-        self._component_names = component_names
+        self._layout = layout
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -74,7 +86,7 @@ class LanguageModel:
         kept: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kept)
         tokenizer = AutoTokenizer.from_pretrained(path, **kept)
-        return cls(card, hf.to(device).eval().requires_grad_(False), tokenizer, _component_names(path))
+        return cls(card, hf.to(device).eval().requires_grad_(False), tokenizer, _layout(path))
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +125,8 @@ class LanguageModel:
 
     def hook_size(self, hook_name: str) -> int:
         """The width of the tensor at a hook. Raises BadInput for a hook this model does not have."""
-        _, point = self._locate(hook_name)
-        return self.card.n_heads * self.card.d_head if point.kind == "attn.hook_z" else self.card.d_model
+        _, kind = self._locate(hook_name)
+        return self.card.n_heads * self.card.d_head if kind == "attn.hook_z" else self.card.d_model
 
     @torch.inference_mode()
     def read(
@@ -124,16 +136,18 @@ class LanguageModel:
 
         attn.hook_z comes with its heads flattened: [batch, pos, n_heads * d_head].
         """
-        ordered = sorted(set(hook_names), key=self.depth)
         read: dict[str, Tensor] = {}
-        readers = {name: _reader(read, name, stop=name == ordered[-1]) for name in ordered}
+        readers = {name: _reader(read, name, len(set(hook_names))) for name in hook_names}
         with _hooked(self, readers), suppress(_Stop):
             self.body(input_ids=ids, attention_mask=mask, use_cache=False)
         return read
 
     @contextmanager
     def edited(self, edits: dict[str, Edit]) -> Iterator[None]:
-        """Within the context every forward pass has its tensors at these hooks replaced by fn(tensor)."""
+        """Within the context every forward pass has its tensors at these hooks replaced by fn(tensor).
+
+        fn must not write into its argument: other parts of the block may read it too.
+        """
         with _hooked(self, edits):
             yield
 
@@ -144,44 +158,58 @@ class LanguageModel:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        blocks = self.hf.get_submodule(self._component_names["blocks"])
+        blocks = self.hf.get_submodule(self._layout.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def depth(self, hook_name: str) -> tuple[int, int]:
         """Order of evaluation: (layer, order within the block)."""
-        layer, point = self._locate(hook_name)
-        return layer, point.order
+        layer, kind = self._locate(hook_name)
+        return layer, HOOK_POINTS[kind]
 
     def final_norm(self) -> nn.Module:
-        return self.hf.get_submodule(self._component_names["ln_final"])
+        return self.hf.get_submodule(self._layout.final_norm)
+
+    @torch.inference_mode()
+    def final_gain(self) -> Float[Tensor, " d_model"]:
+        """Return what the final norm multiplies by; Gemma stores it less one, so the module is asked."""
+        norm = self.final_norm()
+        weight = getattr(norm, "weight", None)
+        stored = weight.float() if weight is not None else torch.ones(self.card.d_model, device=self.device)
+        signs = torch.ones(self.card.d_model, device=self.device, dtype=self.dtype)
+        signs[1::2] = -1  # mean 0 and variance 1: any norm leaves it as it is
+        gain = (norm(signs) - norm(-signs)).float() / (2 * signs.float())
+        return min((stored, stored + 1), key=lambda candidate: float((candidate - gain).abs().sum()))
 
     def unembedding(self) -> Float[Tensor, "d_vocab d_model"]:
         return self.hf.get_output_embeddings().weight
 
-    def _locate(self, hook_name: str) -> tuple[int, HookPoint]:
+    def hook_kinds(self) -> list[str]:
+        """The kinds of hooks this architecture has, in order of evaluation."""
+        return [kind for kind in HOOK_POINTS if kind in self._layout.places]
+
+    def _locate(self, hook_name: str) -> tuple[int, str]:
         match = _HOOK_NAME.fullmatch(hook_name)
-        point = HOOK_POINTS.get(match[2]) if match else None
-        if match is None or point is None or (point.component and point.component not in self._component_names):
+        if match is None or match[2] not in self._layout.places:
             raise BadInput(
-                f"{self.card.id} has no hook {hook_name!r}; known are blocks.N.{{{', '.join(HOOK_POINTS)}}}."
+                f"{self.card.id} has no hook {hook_name!r}; known are blocks.N.{{{', '.join(self.hook_kinds())}}}."
             )
         layer = int(match[1])
         if layer >= self.card.n_layers:
             raise BadInput(f"Hook {hook_name!r} is in layer {layer}; {self.card.id} has {self.card.n_layers} layers.")
-        return layer, point
+        return layer, match[2]
 
-    def module_of(self, hook_name: str) -> tuple[nn.Module, Literal["input", "output"]]:
+    def module_of(self, hook_name: str) -> tuple[nn.Module, Side]:
         """The module whose input or output is the tensor of a hook name."""
-        layer, point = self._locate(hook_name)
-        block = self.blocks[layer]
-        return (block.get_submodule(self._component_names[point.component]) if point.component else block), point.side
+        layer, kind = self._locate(hook_name)
+        place = self._layout.places[kind]
+        return self.blocks[layer].get_submodule(place.module), place.side
 
 
-def _reader(read: dict[str, Tensor], name: str, stop: bool) -> Edit:
+def _reader(read: dict[str, Tensor], name: str, n_wanted: int) -> Edit:
     def keep(tensor: Tensor) -> Tensor:
         read[name] = tensor
-        if stop:
+        if len(read) == n_wanted:
             raise _Stop
         return tensor
 
@@ -198,8 +226,8 @@ def _hooked(model: LanguageModel, edits: dict[str, Edit]) -> Iterator[None]:
             handle.remove()
 
 
-def _attach(module: nn.Module, side: Literal["input", "output"], edit: Edit) -> Any:
-    """Put an edit on a module's first argument or on its (first) output."""
+def _attach(module: nn.Module, side: Side, edit: Edit) -> Any:
+    """Put an edit on one side of a module."""
     if side == "output":
 
         def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -209,25 +237,50 @@ def _attach(module: nn.Module, side: Literal["input", "output"], edit: Edit) -> 
 
         return module.register_forward_hook(on_output)
 
+    def edited(tensor: Tensor) -> Tensor:
+        # The block keeps the same tensor and adds to it later, so the stream is edited by writing into it.
+        return tensor.copy_(edit(tensor)) if side == "stream" else edit(tensor)
+
     def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+            return (edited(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edited(kwargs["hidden_states"])}
 
     return module.register_forward_pre_hook(on_input, with_kwargs=True)
 
 
-def _component_names(path: Path) -> dict[str, str]:
-    """transformer-lens' component name -> this architecture's module name; parts of a block are relative to it."""
+def _layout(path: Path) -> Layout:
+    """Ask transformer-lens' description of the architecture."""
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers(str(path), load_weights=False, device="meta")
     mapping: dict[str, Any] = bridge.adapter.component_mapping
-    names = {name: part.name for name, part in mapping.items() if part.name}
-    return names | dict(_parts("", "", mapping["blocks"].submodules))
+    block = mapping["blocks"]
+    found = {kind: _place(block, kind) for kind in HOOK_POINTS}
+    places = {kind: place for kind, place in found.items() if place is not None}
+    return Layout(block.name, mapping["ln_final"].name, places)
+
+
+def _place(block: Any, kind: str) -> Place | None:
+    """Follow transformer-lens' alias for a hook to a module of the block; None where it has none."""
+    parts = dict(_parts("", "", block.submodules))
+    if kind == "hook_mlp_in":
+        part = "mlp" if getattr(block, "mlp_reads_resid_directly", False) else "ln2"
+        return Place(parts[part], "input") if part in parts else None
+    if kind == "attn.hook_z":
+        return Place(parts["attn.o"], "input") if "attn.o" in parts else None
+    alias = block.hook_aliases.get(kind)
+    if not isinstance(alias, str):
+        return None
+    part, _, hook = alias.rpartition(".")
+    if hook not in ("hook_in", "hook_out") or (part and part not in parts):
+        return None
+    side: Side = "output" if hook == "hook_out" else "stream" if kind == "hook_resid_mid" else "input"
+    return Place(parts[part] if part else "", side)
 
 
 def _parts(prefix: str, path: str, parts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """transformer-lens' name of each part of a block -> this architecture's module name."""
     for name, part in parts.items():
         if part.name:
             yield prefix + name, path + part.name

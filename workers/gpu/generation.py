@@ -89,8 +89,10 @@ class Generation:
         row, start = self._rows.index("steered"), self._spared
 
         def apply(h: Tensor) -> Tensor:
-            h[row, start:] = edit(h[row, start:])
-            return h
+            # A copy: what the hook reads may be read elsewhere too (hook_mlp_in is the residual stream itself).
+            steered = h.clone()
+            steered[row, start:] = edit(h[row, start:])
+            return steered
 
         return apply
 

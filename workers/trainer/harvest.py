@@ -237,10 +237,8 @@ def assembled(reading: Reading, records: spill.Spill, start: int, end: int) -> I
 
 
 def folded_unembedding(model: LanguageModel) -> torch.Tensor:
-    norm = model.final_norm()
-    weight = getattr(norm, "weight", None)
-    scale = weight.float() if weight is not None else torch.ones(model.card.d_model)
-    return fold_final_norm(model.unembedding().float(), scale, centred=isinstance(norm, nn.LayerNorm))
+    centred = isinstance(model.final_norm(), nn.LayerNorm)
+    return fold_final_norm(model.unembedding().float(), model.final_gain(), centred=centred)
 
 
 def _evidence(
