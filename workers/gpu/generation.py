@@ -138,7 +138,7 @@ def edits_of(
     """One edit per hook from (SAE, latent, coefficient) triples."""
     by_hook: dict[str, list[tuple[Coder, int, float]]] = {}
     for direction in directions:
-        by_hook.setdefault(direction[0].hook_name, []).append(direction)
+        by_hook.setdefault(direction[0].hook_name_out, []).append(direction)
     make: Callable[[Tensor, Tensor], Edit] = METHODS[method]
     return {
         hook: make(

@@ -1,6 +1,8 @@
 """SAE architectures: one class each, with its equation. Registered by name in CODERS. No files, no language model.
 
-Canonical orientation: W_enc [d_in, d_sae], W_dec [d_sae, d_in]. All follow sae-lens' definitions to the last switch.
+Canonical orientation: W_enc [d_in, d_sae], W_dec [d_sae, d_out]; d_out is d_in but for transcoders. All follow
+sae-lens' definitions to the last switch. Attention z comes with its heads flattened, as
+reshape_activations "hook_z" wants it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+LAYER_NORM_EPSILON = 1e-5
+"""Added to the standard deviation on the way in only, as sae-lens does."""
 
 Normalisation = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
 
@@ -74,15 +79,19 @@ class Coder:
         return self.tensors["b_enc"]
 
     @property
-    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:
         return self.tensors["W_dec"]
 
     @property
-    def b_dec(self) -> Float[Tensor, " d_in"]:
+    def b_dec(self) -> Float[Tensor, " d_out"]:
         return self.tensors["b_dec"]
 
     @property
     def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
         return self.W_dec.shape[1]
 
     @property
@@ -91,7 +100,13 @@ class Coder:
 
     @property
     def hook_name(self) -> str:
+        """Where the input is read."""
         return str(self.config["metadata"]["hook_name"])
+
+    @property
+    def hook_name_out(self) -> str:
+        """Where the reconstruction and the decoder rows belong: hook_name, but for transcoders."""
+        return self.hook_name
 
     @property
     def nbytes(self) -> int:
@@ -118,11 +133,11 @@ class Coder:
         rows, latents = acts.nonzero(as_tuple=True)
         return Sparse(rows, latents, acts[rows, latents])
 
-    def decode(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+    def decode(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
         """Return the reconstruction, in the units of the (normalised) input."""
         return self._scaled_for_decoder(acts) @ self.W_dec + self.b_dec
 
-    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Encode and decode, and undo the normalisation of the input."""
         x_hat = self.decode(self.encode(x))
         match self.switches.normalize_activations:
@@ -134,7 +149,13 @@ class Coder:
             case _:
                 return x_hat
 
-    def unit_direction(self, latent: int) -> Float[Tensor, " d_in"]:
+    def error(
+        self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
+    ) -> Float[Tensor, "batch d_out"]:
+        """Return what the reconstruction misses of the target: of x itself, or of hook_name_out for a transcoder."""
+        return (x if target is None else target) - self.reconstruct(x)
+
+    def unit_direction(self, latent: int) -> Float[Tensor, " d_out"]:
         """Return the decoder row of a latent, scaled to norm 1."""
         row = self.W_dec[latent]
         return row / row.norm()
@@ -146,10 +167,13 @@ class Coder:
                 x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
             case "layer_norm":
                 mean, std = _moments(x)
-                x = (x - mean) / std
+                x = (x - mean) / (std + LAYER_NORM_EPSILON)
             case _:
                 pass
-        return x - self.b_dec if self.switches.apply_b_dec_to_input else x
+        return x - self.b_dec if self._subtracts_b_dec() else x
+
+    def _subtracts_b_dec(self) -> bool:
+        return self.switches.apply_b_dec_to_input
 
     def _pre_acts(
         self, x: Float[Tensor, "batch d_in"], latents: Int[Tensor, " latent"] | None = None
@@ -171,9 +195,9 @@ class Coder:
 
 
 def _moments(x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
-    """Mean and (unbiased) standard deviation of each row, the latter with sae-lens' 1e-5 added."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return x.mean(dim=-1, keepdim=True), centred.std(dim=-1, keepdim=True) + 1e-5
+    """Mean and (unbiased) standard deviation of each row."""
+    mean = x.mean(dim=-1, keepdim=True)
+    return mean, (x - mean).std(dim=-1, keepdim=True)
 
 
 def _pick(parameter: Tensor, latents: Tensor | None) -> Tensor:
@@ -245,6 +269,84 @@ class TopKCoder(Coder):
         return Sparse(rows, indices[rows, places], values[rows, places])
 
 
+class TranscoderCoder(Coder):
+    """acts = ReLU(x W_enc + b_enc), y_hat = acts W_dec + b_dec: reads hook_name, predicts hook_name_out.
+
+    Nothing is subtracted from the input and no normalisation undone: input and output differ. Dunefsky et al. 2024.
+    """
+
+    architecture = "transcoder"
+
+    @property
+    def hook_name_out(self) -> str:
+        metadata = self.config["metadata"]
+        return str(metadata.get("hook_name_out") or metadata["hook_name"])
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """Return the prediction of what is at hook_name_out."""
+        y_hat = self.decode(self.encode(x))
+        W_skip = self.tensors.get("W_skip")  # [d_out, d_in]
+        return y_hat if W_skip is None else y_hat + x.to(W_skip.dtype) @ W_skip.T
+
+    def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
+        return pre_acts.relu()
+
+    def _subtracts_b_dec(self) -> bool:
+        return False
+
+
+class SkipTranscoderCoder(TranscoderCoder):
+    """acts = ReLU(x W_enc + b_enc), y_hat = acts W_dec + x W_skip^T + b_dec. Paulo et al. 2025."""
+
+    architecture = "skip_transcoder"
+    parameters = (*Coder.parameters, "W_skip")
+
+
+class JumpReLUTranscoderCoder(TranscoderCoder):
+    """acts = pre_acts * [pre_acts > threshold], y_hat = acts W_dec + b_dec: Gemma Scope's transcoders."""
+
+    architecture = "jumprelu_transcoder"
+    parameters = (*Coder.parameters, "threshold")
+
+    def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
+        return pre_acts.relu() * (pre_acts > _pick(self.tensors["threshold"], latents))
+
+
+class JumpReLUSkipTranscoderCoder(JumpReLUTranscoderCoder):
+    """acts = pre_acts * [pre_acts > threshold], y_hat = acts W_dec + x W_skip^T + b_dec: Gemma Scope 2."""
+
+    architecture = "jumprelu_skip_transcoder"
+    parameters = (*JumpReLUTranscoderCoder.parameters, "W_skip")
+
+
 CODERS: dict[str, type[Coder]] = {
-    coder.architecture: coder for coder in (StandardCoder, JumpReLUCoder, GatedCoder, TopKCoder)
+    coder.architecture: coder
+    for coder in (
+        StandardCoder,
+        JumpReLUCoder,
+        GatedCoder,
+        TopKCoder,
+        TranscoderCoder,
+        SkipTranscoderCoder,
+        JumpReLUTranscoderCoder,
+        JumpReLUSkipTranscoderCoder,
+    )
 }
+
+
+def fold_decoder_norms(coder: Coder) -> Coder:
+    """Return the same SAE with decoder rows of norm 1: activations grow by the norms, reconstructions stay.
+
+    Raises ValueError for a TopK SAE that chooses by unscaled pre_acts: folding would change which latents it chooses.
+    """
+    norms = coder.W_dec.norm(dim=-1).clamp(min=1e-8)
+    if coder.architecture == "topk" and not coder.switches.rescale_acts_by_decoder_norm:
+        raise ValueError("Folding decoder norms changes the choice of a TopK SAE without rescale_acts_by_decoder_norm.")
+    folded = {name: t * norms if name in _GROW_WITH_NORMS else t for name, t in coder.tensors.items()}
+    folded["W_dec"] = coder.W_dec / norms[:, None]
+    config = {key: value for key, value in coder.config.items() if key != "rescale_acts_by_decoder_norm"}
+    return type(coder)(tensors=folded, config=config)
+
+
+_GROW_WITH_NORMS = frozenset({"W_enc", "b_enc", "threshold", "b_gate", "b_mag"})
+"""What is multiplied by the norms, latent by latent; r_mag is a ratio and stays."""
