@@ -21,6 +21,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
 
+from app.settings import Settings
+
 CHROMIUM = "/usr/bin/chromium"
 ARGUMENTS = [
     "--no-sandbox",
@@ -40,6 +42,7 @@ class Demo:
     """The running demo."""
 
     url: str
+    data_dir: Path
     model: str = "smollm2-135m-instruct"
     source: str = "12-demo"
 
@@ -52,7 +55,7 @@ class Demo:
 def demo_server() -> Iterator[Demo]:
     """The demo as a person starts it. Its processes end with the run."""
     if "SAE_ATLAS_TEST_URL" in os.environ:
-        yield Demo(os.environ["SAE_ATLAS_TEST_URL"])
+        yield Demo(os.environ["SAE_ATLAS_TEST_URL"], Settings().data_dir)
         return
     kept = os.environ.get("SAE_ATLAS_TEST_DEMO_DIR")
     with tempfile.TemporaryDirectory(prefix="sae-atlas-demo-") as fresh:
@@ -62,7 +65,7 @@ def demo_server() -> Iterator[Demo]:
         with open(Path(fresh) / "server.log", "wb") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            demo = Demo(f"http://127.0.0.1:{port}")
+            demo = Demo(f"http://127.0.0.1:{port}", Path(kept or fresh))
             _wait(demo, process, Path(fresh) / "server.log")
             yield demo
         finally:
