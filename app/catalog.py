@@ -109,6 +109,12 @@ class SourceCard:
     def path(self) -> str:
         return f"/{self.model_id}/{self.name}"
 
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether a text it reads begins with the model's token for that, where there is one: its config says."""
+        metadata = self.config.get("metadata")
+        return not (isinstance(metadata, Mapping) and cast(Mapping[str, Any], metadata).get("prepend_bos") is False)
+
 
 @dataclass(frozen=True)
 class ModelEntry:

@@ -41,13 +41,18 @@ class Norms:
 
 
 def read_contexts(
-    model: LanguageModel, stream: Stream, rows: npt.NDArray[np.int64], context_size: int, hooks: list[str]
+    model: LanguageModel,
+    stream: Stream,
+    rows: npt.NDArray[np.int64],
+    context_size: int,
+    hooks: list[str],
+    bos: int | None,
 ) -> Iterator[tuple[npt.NDArray[np.int64], dict[str, Float[Tensor, "batch pos d"]]]]:
     """Yield (context rows, activations at the hooks) for all contexts, a forward pass at a time."""
     per_pass = max(1, TOKENS_PER_FORWARD // context_size)
     for start in range(0, len(rows), per_pass):
         part = rows[start : start + per_pass]
-        ids = torch.from_numpy(stream.contexts(part, context_size, model.card.bos_token_id)).to(model.device)
+        ids = torch.from_numpy(stream.contexts(part, context_size, bos)).to(model.device)
         yield part, model.read(ids, hooks)
 
 
@@ -64,7 +69,7 @@ def write_shard(
     with torch.autocast(model.device.type, torch.bfloat16):
         parts = [
             acts[hook][:, 1:].flatten(0, 1).float()
-            for _, acts in read_contexts(model, stream, rows, context_size, [hook])
+            for _, acts in read_contexts(model, stream, rows, context_size, [hook], model.card.bos_token_id)
         ]
     x = torch.cat(parts).cpu()
     norms = norms_of(path.parent) or _measure_norms(path.parent, x)

@@ -10,7 +10,7 @@ same activations to 1e-8 of their size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,10 @@ class LanguageModel:
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         bos = self.card.bos_token_id
         return [bos, *ids] if prepend_bos and bos is not None else ids
+
+    def bos_for(self, config: Mapping[str, Any]) -> int | None:
+        """The token before every text read with an SAE of this config: the model's, unless it was trained without."""
+        return None if (config.get("metadata") or {}).get("prepend_bos") is False else self.card.bos_token_id
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
         """Right-pad rows to one length: ids and attention mask, the mask None when no row needs padding."""

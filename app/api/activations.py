@@ -99,8 +99,7 @@ async def new_activation(body: NewActivation, session: Db, settings: Config, wor
     )
     query = SaeQuery(sae=catalog.sae_ref(settings, source), latents=[latent])
     answers = [
-        _activation(source, latent, text, model)
-        for text in await _encode(settings, worker, source.model_id, texts, [query])
+        _activation(source, latent, text, model) for text in await _encode(settings, worker, [source], texts, [query])
     ]
     return _json(answers[0] if isinstance(body.customText, str) else answers)
 
@@ -110,7 +109,7 @@ async def source_activations(body: SourceActivations, session: Db, settings: Con
     """Every active feature of a source on each text, sparse; the beginning-of-text token is counted but has none."""
     texts = texts_of(settings, body.customText)
     model, source = await run_in_threadpool(_find, session, settings, body.modelId, body.source)
-    answers = await _encode(settings, worker, source.model_id, texts, [_all_active(settings, source)])
+    answers = await _encode(settings, worker, [source], texts, [_all_active(settings, source)])
     results = [
         {
             "tokens": model.words.strings(text.ids),
@@ -135,7 +134,7 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
         # Some of the strongest will be filtered out; more of them are asked for then.
         top_k=min(source.d_sae, body.numResults * (4 if sparse else 1)),
     )
-    answers = await _encode(settings, worker, source.model_id, texts, [wanted])
+    answers = await _encode(settings, worker, [source], texts, [wanted])
     rows: dict[int, FeatureRow] | None = None
     if sparse:
         indices = {index for text in answers for top in text.saes[0].top_indices for index in top}
@@ -153,7 +152,7 @@ async def search_all(body: SearchAll, session: Db, settings: Config, worker: Gpu
         lambda: (_model(session, settings, body.modelId), _sources_of(session, body))
     )
     queries = [_all_active(settings, source) for source in sources]
-    answers = await _encode(settings, worker, body.modelId, texts, queries)
+    answers = await _encode(settings, worker, sources, texts, queries)
     results = [await run_in_threadpool(_found, session, text, sources, model, body) for text in answers]
     return _json(results[0] if isinstance(body.text, str) else {"results": results})
 
@@ -188,9 +187,17 @@ def _model(session: Session, settings: Settings, model_id: str) -> _Model:
 
 
 async def _encode(
-    settings: Settings, worker: Worker, model_id: str, texts: list[str], queries: list[SaeQuery]
+    settings: Settings, worker: Worker, sources: list[SourceCard], texts: list[str], queries: list[SaeQuery]
 ) -> list[TextActs]:
-    request = EncodeRequest(model=catalog.model_ref(settings, model_id), texts=texts, queries=queries)
+    """Read texts with sources of one model, as they were trained to: all with a beginning-of-text token or none."""
+    without = [source.name for source in sources if not source.prepend_bos]
+    if without and len(without) < len(sources):
+        raise BadInput(
+            f"{', '.join(without)[:200]} read texts without the model's first token, the other "
+            f"{len(sources) - len(without)} sources with it; select layers of one kind."
+        )
+    model = catalog.model_ref(settings, sources[0].model_id)
+    request = EncodeRequest(model=model, texts=texts, queries=queries, prepend_bos=not without)
     return (await worker.encode(request)).texts
 
 

@@ -243,6 +243,7 @@ async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord
             model=catalog.model_ref(settings, record.card.id),
             texts=[text],
             queries=[SaeQuery(sae=catalog.sae_ref(settings, record.source), top_k=0, latents=[record.feature.index])],
+            prepend_bos=record.source.prepend_bos,
         )
         reply = (await worker.encode(request)).texts[0]
     except AtlasError as error:

@@ -162,7 +162,8 @@ async def _read(page: PromptPage, session: Session, settings: Settings, worker: 
     try:
         check_text(settings, page.text)
         model = catalog.model_ref(settings, page.card.id)
-        reply = await worker.encode(EncodeRequest(model=model, texts=[page.text], queries=[wanted]))
+        asked = EncodeRequest(model=model, texts=[page.text], queries=[wanted], prepend_bos=page.source.prepend_bos)
+        reply = await worker.encode(asked)
     except AtlasError as error:
         return _with(page, problem=of(error))
     acts = reply.texts[0].saes[0]

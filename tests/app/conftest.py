@@ -80,7 +80,11 @@ def fill(settings: Settings) -> None:
     with db.sessions(engine).begin() as session:
         session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
         session.flush()
-        for name, directory, config in (("1-topk", "topk", {"k": K}), ("1-std", "standard", {})):
+        for name, directory, config in (
+            ("1-topk", "topk", {"k": K}),
+            ("1-std", "standard", {}),
+            ("1-bare", "topk", {"k": K, "metadata": {"prepend_bos": False}}),
+        ):
             source = Source(
                 model_id="tiny",
                 name=name,

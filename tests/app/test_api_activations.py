@@ -43,6 +43,19 @@ def test_one_feature_on_one_text(live: Live, expected: np.ndarray, name: str) ->
     assert wire | {"dataIndex", "dataSource", "createdAt"} <= set(body)
 
 
+def test_an_sae_trained_without_a_first_token_reads_texts_without_it(live: Live, tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model.path)
+    model = AutoModelForCausalLM.from_pretrained(tiny.model.path, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(TEXT, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states[2]
+        acts = SAE.load_from_disk(tiny.topk.path).encode(hidden)[0].numpy()
+    latent = int(acts.max(0).argmax())
+    body = live.post("activation/new", {"feature": key(latent, "1-bare"), "customText": TEXT}).json()
+    np.testing.assert_allclose(body["values"], acts[:, latent], atol=1e-4)
+    assert "".join(body["tokens"]) == TEXT
+
+
 def test_one_feature_on_many_texts_is_an_array(live: Live) -> None:
     body = live.post("activation/new", {"feature": key(3), "customText": [TEXT, "rain fell"]}).json()
     assert ["".join(b["tokens"]) for b in body] == [TEXT, "rain fell"]

@@ -77,6 +77,22 @@ def naive_acts(context: JobContext) -> np.ndarray:
     return acts
 
 
+def test_an_sae_trained_without_a_first_token_is_harvested_without_it(job: JobContext) -> None:
+    reading = harvest.reading_of(job)
+    assert reading.bos == 0
+    metadata = {**reading.coder.config["metadata"], "prepend_bos": False}
+    coder = dataclasses.replace(reading.coder, config={**reading.coder.config, "metadata": metadata})
+    bare = dataclasses.replace(reading, coder=coder)
+    _, (latents, tokens, values) = next(harvest.sparse_activations(bare, np.arange(2)))
+    ids = torch.from_numpy(reading.stream.tokens[: 2 * CONTEXT].astype(np.int64)).reshape(2, CONTEXT)
+    x = reading.model.read(ids, [coder.hook_name])[coder.hook_name]
+    expected = coder.encode(x.flatten(0, 1)).numpy()
+    expected[::CONTEXT] = 0  # first positions have no activations, with or without that token
+    found = np.zeros_like(expected)
+    found[tokens, latents] = values
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_evidence_equals_a_naive_two_pass_reference(job: JobContext) -> None:
     acts = naive_acts(job)
     reading = harvest.reading_of(job)

@@ -35,10 +35,9 @@ def evaluate(
     First positions and tokens of outlying norm (above max_norm_ratio times the median) are in no reconstruction
     metric and stay as they are when the reconstruction is spliced in; `outlier_share` says how many they were.
     """
-    hook = coder.hook_name
-    sample = torch.cat(
-        [acts[hook][:, 1:].flatten(0, 1) for _, acts in read_contexts(model, stream, rows[:16], context_size, [hook])]
-    )
+    hook, bos = coder.hook_name, model.bos_for(coder.config)
+    parts = read_contexts(model, stream, rows[:16], context_size, [hook], bos)
+    sample = torch.cat([acts[hook][:, 1:].flatten(0, 1) for _, acts in parts])
     limit = outlier_limit(sample, max_norm_ratio)
     metrics = _reconstruction(model, coder, stream, rows, context_size, limit, lambda s, t: report(s * 0.5, t))
     loss_rows = rows[:n_loss_contexts]
@@ -56,7 +55,8 @@ def _reconstruction(
     report: Report,
 ) -> dict[str, Any]:
     stats, n_seen = ReconstructionStats(), 0
-    for _, acts in read_contexts(model, stream, rows, context_size, [coder.hook_name]):
+    bos = model.bos_for(coder.config)
+    for _, acts in read_contexts(model, stream, rows, context_size, [coder.hook_name], bos):
         x = acts[coder.hook_name][:, 1:].flatten(0, 1).float()
         n_seen += len(x)
         stats.add(x[x.norm(dim=-1) <= limit], coder)
@@ -78,7 +78,7 @@ def _spliced(
     n_tokens = 0
     for start in range(0, len(rows), CONTEXTS_PER_PASS):
         ids = torch.from_numpy(
-            stream.contexts(rows[start : start + CONTEXTS_PER_PASS], context_size, model.card.bos_token_id)
+            stream.contexts(rows[start : start + CONTEXTS_PER_PASS], context_size, model.bos_for(coder.config))
         ).to(model.device)
         clean = _log_probs(model, coder.hook_name, ids, None)
         sums["ce_loss_clean"] += _cross_entropy(clean, ids)

@@ -54,7 +54,7 @@ class Reading:
 
     @property
     def bos(self) -> int | None:
-        return self.model.card.bos_token_id
+        return self.model.bos_for(self.coder.config)
 
     @property
     def n_contexts(self) -> int:
@@ -173,7 +173,7 @@ def sparse_activations(
     """Yield (contexts, (latents, tokens, values)) a forward pass at a time; first positions are left out."""
     size = reading.spec.context_size
     hook = reading.coder.hook_name
-    for part, acts in read_contexts(reading.model, reading.stream, rows, size, [hook]):
+    for part, acts in read_contexts(reading.model, reading.stream, rows, size, [hook], reading.bos):
         found = reading.coder.encode_sparse(acts[hook][:, 1:].flatten(0, 1))
         row = found.rows.cpu().numpy()
         tokens = part[row // reading.positions] * size + row % reading.positions + 1
