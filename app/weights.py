@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import numpy as np
-import numpy.typing as npt
-
 from app.errors import BadFile
 from app.settings import Settings
+from app.tensorfile import FLOATS, Entry, chunks, first_not_finite, read_header
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 MAX_CONFIG_BYTES = 2**20
-MAX_HEADER_BYTES = 2**20
-"""An SAE has at most six tensors; their header takes less than 1 kB."""
-CHUNK_BYTES = 2**23
 
 Progress = Callable[[float, str], None]
 _Json = dict[str, Any]
@@ -41,12 +34,17 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "topk": _BASE,
     "jumprelu": (*_BASE, "threshold"),
     "gated": ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"),
+    "transcoder": _BASE,
+    "skip_transcoder": (*_BASE, "W_skip"),
+    "jumprelu_transcoder": (*_BASE, "threshold"),
+    "jumprelu_skip_transcoder": (*_BASE, "threshold", "W_skip"),
 }
 """Tensors of each architecture, as SAELens names them."""
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _NORMALISATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
 
-_HOOK = re.compile(r"blocks\.(\d{1,4})\.(hook_resid_(?:pre|mid|post)|hook_(?:mlp_in|mlp_out|attn_out)|attn\.hook_z)")
+_HOOK = re.compile(
+    r"blocks\.(\d{1,4})\.(hook_resid_(?:pre|mid|post)|hook_(?:mlp_in|mlp_out|attn_out)|attn\.hook_z|mlp\.hook_in)"
+)
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,99}")
 _OUTSIDE = re.compile(r"^\s*(?:[/\\~]|[A-Za-z]:[\\/]|[a-z][a-z0-9+.-]*://)|(?:^|[/\\])\.\.(?:[/\\]|$)|\x00")
 _FORGOTTEN = frozenset(
@@ -57,14 +55,16 @@ _METADATA = (
     "model_name",
     "hook_name",
     "hook_head_index",
+    "hook_name_out",
     "model_class_name",
     "prepend_bos",
     "context_size",
     "dataset_path",
     "neuronpedia_id",
-    "sae_lens_version",
     "sae_lens_training_version",
 )
+SHAPE_VERSION = "6.0.0"
+"""metadata.sae_lens_version of configs in today's shape: below that, sae-lens looks for the metadata elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,6 @@ class SaeFacts:
     source: Path
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
 def check_sae(directory: Path, d_model: int | None, settings: Settings, progress: Progress | None = None) -> SaeFacts:
     """Judge an SAE directory; d_model is that of the model it is for, None when unknown. Raises BadFile."""
     weights = _weights_file(directory)
@@ -107,11 +98,12 @@ def check_sae(directory: Path, d_model: int | None, settings: Settings, progress
     hook_name, layer, kind = _hook(config)
     if d_model is not None and kind != "attn.hook_z" and d_in != d_model:
         raise BadFile(f"The SAE reads d_in = {d_in} numbers a token; {hook_name} of this model has {d_model}.")
+    d_out = _output(config, architecture, d_in, d_model)
     size = weights.stat().st_size
     if size > settings.max_sae_bytes:
         raise BadFile(f"{WEIGHTS} takes {size:,} bytes; SAE_ATLAS_MAX_SAE_BYTES allows {settings.max_sae_bytes:,}.")
-    tensors, data_start = _read_header(weights, size)
-    _check_tensors(tensors, architecture, d_in, d_sae)
+    tensors, data_start = read_header(weights, size)
+    _check_tensors(tensors, architecture, d_in, d_sae, d_out)
     digest = _read_once(weights, tensors, data_start, text, progress or (lambda share, status: None))
     return SaeFacts(architecture, d_in, d_sae, hook_name, layer, config, text, digest[:16], directory)
 
@@ -128,7 +120,7 @@ def store_sae(settings: Settings, directory: Path, facts: SaeFacts) -> Path:
         (copy / CONFIG).write_text(facts.text, encoding="utf-8")
         shutil.copyfile(directory / WEIGHTS, copy / WEIGHTS)
         digest = hashlib.sha256(facts.text.encode())
-        for chunk in _chunks(copy / WEIGHTS, 0, (copy / WEIGHTS).stat().st_size):
+        for chunk in chunks(copy / WEIGHTS, 0, (copy / WEIGHTS).stat().st_size):
             digest.update(chunk)
         if digest.hexdigest()[:16] != facts.hash:
             raise BadFile(f"{directory / WEIGHTS} changed while it was read; add it again once it is finished.")
@@ -225,17 +217,22 @@ def _modernised(given: _Json) -> _Json:
         "device": "cpu",
         "apply_b_dec_to_input": old.get("apply_b_dec_to_input", True),
         "normalize_activations": "expected_average_only_in" if normalise is True else normalise,
-        "reshape_activations": old.get("reshape_activations", "none"),
-        "metadata": {name: old[name] for name in _METADATA if old.get(name) is not None},
+        "reshape_activations": old.get(
+            "reshape_activations", "hook_z" if "hook_z" in str(old["hook_name"]) else "none"
+        ),
+        "metadata": {name: old[name] for name in _METADATA if old.get(name) is not None}
+        | {"sae_lens_version": SHAPE_VERSION},
     }
+    if old.get("d_out") is not None:
+        config |= {"d_out": old["d_out"], "apply_b_dec_to_input": False}
     return config | ({"k": k, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {})
 
 
 def _check_config(config: _Json, settings: Settings) -> tuple[str, int, int]:
     architecture = config.get("architecture")
-    if architecture == "batchtopk":
+    if architecture in ("batchtopk", "matryoshka_batchtopk"):
         raise BadFile(
-            "architecture 'batchtopk' is a training checkpoint; SAELens' save_inference_model writes it as jumprelu."
+            f"architecture {architecture!r} is a training checkpoint; save_inference_model writes it as jumprelu."
         )
     if not isinstance(architecture, str) or architecture not in PARAMETERS:
         raise BadFile(f"SAE architecture {str(architecture)[:80]!r} is not known; known are {', '.join(PARAMETERS)}.")
@@ -263,89 +260,30 @@ def _count(config: _Json, name: str, most: int) -> int:
 
 
 def _hook(config: _Json) -> tuple[str, int, str]:
-    name = cast(_Json, config["metadata"]).get("hook_name")
+    return _hook_named(cast(_Json, config["metadata"]).get("hook_name"), "hook_name")
+
+
+def _output(config: _Json, architecture: str, d_in: int, d_model: int | None) -> int:
+    """Return how many numbers the decoder writes: d_in, but for transcoders, which name them and where."""
+    if "transcoder" not in architecture:
+        return d_in
+    if config.get("apply_b_dec_to_input", False):
+        raise BadFile(f"{CONFIG}: apply_b_dec_to_input is true; a transcoder's b_dec belongs to its output.")
+    d_out = _count(config, "d_out", 2**20)
+    name, _, kind = _hook_named(cast(_Json, config["metadata"]).get("hook_name_out"), "hook_name_out")
+    if d_model is not None and kind != "attn.hook_z" and d_out != d_model:
+        raise BadFile(f"The transcoder writes d_out = {d_out} numbers a token; {name} of this model has {d_model}.")
+    return d_out
+
+
+def _hook_named(name: Any, what: str) -> tuple[str, int, str]:
     match = _HOOK.fullmatch(name) if isinstance(name, str) else None
     if match is None:
-        raise BadFile(f"{CONFIG}: hook_name {str(name)[:80]!r} is not known; an example is blocks.8.hook_resid_pre.")
+        raise BadFile(f"{CONFIG}: {what} {str(name)[:80]!r} is not known; an example is blocks.8.hook_resid_pre.")
     return match[0], int(match[1]), match[2]
 
 
-def _read_header(path: Path, size: int) -> tuple[list[_Tensor], int]:
-    """Parse a safetensors header; return its tensors in file order and where their bytes begin."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise BadFile(f"{WEIGHTS} ends after {size} bytes; a header's length alone takes 8.")
-        if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
-            raise BadFile(f"{WEIGHTS} is a renamed pickle, which could run code when read. Save it as safetensors.")
-        (length,) = struct.unpack("<Q", start)
-        if length > MAX_HEADER_BYTES:
-            raise BadFile(f"{WEIGHTS}: the header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read.")
-        if 8 + length > size:
-            raise BadFile(f"{WEIGHTS} is cut off: the header claims {length:,} bytes, {size - 8:,} follow.")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except RecursionError:
-        raise BadFile(f"{WEIGHTS}: the header is nested too deeply.") from None
-    except ValueError as error:
-        raise BadFile(f"{WEIGHTS}: the header is not JSON: {error}.") from None
-    if not isinstance(header, dict):
-        raise BadFile(f"{WEIGHTS}: the header holds a {type(header).__name__}; it must hold an object.")
-    entries = cast(_Json, header)
-    tensors = [_tensor(name, entry) for name, entry in entries.items() if name != "__metadata__"]
-    tensors.sort(key=lambda t: (t.begin, t.end))
-    _check_layout(tensors, size - 8 - length)
-    return tensors, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> _Json:
-    found: _Json = {}
-    for key, value in pairs:
-        if key in found:
-            raise BadFile(f"{WEIGHTS}: the header names {key[:80]!r} twice.")
-        found[key] = value
-    return found
-
-
-def _tensor(name: str, entry: Any) -> _Tensor:
-    fields = cast(_Json, entry) if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not (isinstance(dtype, str) and _naturals(shape) and _naturals(offsets) and len(cast(list[int], offsets)) == 2):
-        raise BadFile(f"{WEIGHTS}: the header's entry {name[:80]!r} lacks a dtype, a shape or two data_offsets.")
-    if dtype not in _ITEM_BYTES:
-        raise BadFile(f"{WEIGHTS}: {name[:80]!r} is of type {dtype[:20]}; an SAE has {', '.join(_ITEM_BYTES)}.")
-    sizes, (begin, end) = tuple(cast(list[int], shape)), cast(list[int], offsets)
-    expected = math.prod(sizes) * _ITEM_BYTES[dtype]
-    if end - begin != expected:
-        raise BadFile(
-            f"{WEIGHTS}: {name[:80]!r} of shape {list(sizes)} takes {expected:,} bytes; "
-            f"its offsets span {end - begin:,}."
-        )
-    return _Tensor(name, dtype, sizes, begin, end)
-
-
-def _naturals(value: Any) -> bool:
-    if not isinstance(value, list) or len(cast(list[Any], value)) > 4:
-        return False
-    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in cast(list[Any], value))
-
-
-def _check_layout(tensors: list[_Tensor], data_bytes: int) -> None:
-    """Tensors must fill the data exactly: no overlap, no gap, nothing missing, nothing behind."""
-    position = 0
-    for tensor in tensors:
-        if tensor.begin != position:
-            what = "overlaps the tensor before it" if tensor.begin < position else "leaves a gap before it"
-            raise BadFile(f"{WEIGHTS}: {tensor.name[:80]!r} {what}: it begins at {tensor.begin:,}, not {position:,}.")
-        position = tensor.end
-    if position > data_bytes:
-        raise BadFile(f"{WEIGHTS} is cut off: its tensors take {position:,} bytes, {data_bytes:,} are there.")
-    if position < data_bytes:
-        raise BadFile(f"{WEIGHTS}: {data_bytes - position:,} bytes follow the last tensor, which ends at {position:,}.")
-
-
-def _check_tensors(tensors: list[_Tensor], architecture: str, d_in: int, d_sae: int) -> None:
+def _check_tensors(tensors: list[Entry], architecture: str, d_in: int, d_sae: int, d_out: int) -> None:
     names = PARAMETERS[architecture]
     found = {tensor.name: tensor for tensor in tensors}
     missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
@@ -353,7 +291,7 @@ def _check_tensors(tensors: list[_Tensor], architecture: str, d_in: int, d_sae: 
         raise BadFile(f"{WEIGHTS} lacks {', '.join(missing)}; a {architecture} SAE has {', '.join(names)}.")
     if extra:
         raise BadFile(f"{WEIGHTS} holds {extra[0][:80]!r} too; a {architecture} SAE has {', '.join(names)}.")
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     for name in names:
         expected = shapes.get(name, (d_sae,))
         if found[name].shape != expected:
@@ -363,40 +301,20 @@ def _check_tensors(tensors: list[_Tensor], architecture: str, d_in: int, d_sae: 
             )
 
 
-def _read_once(path: Path, tensors: list[_Tensor], data_start: int, text: str, progress: Progress) -> str:
+def _read_once(path: Path, tensors: list[Entry], data_start: int, text: str, progress: Progress) -> str:
     """Read the file from end to end: hash everything, and refuse tensors with NaN or infinite values."""
     digest = hashlib.sha256(text.encode())
-    for chunk in _chunks(path, 0, data_start):
+    for chunk in chunks(path, 0, data_start):
         digest.update(chunk)
     total = max(tensors[-1].end, 1)
     for tensor in tensors:
         seen = 0
-        for chunk in _chunks(path, data_start + tensor.begin, tensor.end - tensor.begin):
+        for chunk in chunks(path, data_start + tensor.begin, tensor.end - tensor.begin):
             digest.update(chunk)
-            wrong = _first_not_finite(chunk, tensor.dtype)
+            wrong = first_not_finite(chunk, tensor.dtype)
             if wrong is not None:
-                place = seen // _ITEM_BYTES[tensor.dtype] + wrong
+                place = seen // FLOATS[tensor.dtype] + wrong
                 raise BadFile(f"{WEIGHTS}: {tensor.name} holds NaN or an infinite value, first at item {place:,}.")
             seen += len(chunk)
             progress((tensor.begin + seen) / total, f"Checking {tensor.name}")
     return digest.hexdigest()
-
-
-def _chunks(path: Path, start: int, length: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while length > 0:
-            chunk = file.read(min(CHUNK_BYTES, length))
-            if not chunk:
-                raise BadFile(f"{path.name} became shorter while it was read; {length:,} bytes are missing.")
-            length -= len(chunk)
-            yield chunk
-
-
-def _first_not_finite(chunk: bytes, dtype: str) -> int | None:
-    if dtype == "BF16":
-        # numpy has no bfloat16: not finite is an exponent of all ones.
-        bad: npt.NDArray[np.bool_] = (np.frombuffer(chunk, "<u2") & 0x7F80) == 0x7F80
-    else:
-        bad = ~np.isfinite(np.frombuffer(chunk, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]))
-    return int(bad.argmax()) if bad.any() else None

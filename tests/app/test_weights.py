@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from app.errors import BadFile
 from app.settings import Settings
-from app.weights import CONFIG, WEIGHTS, check_sae, store_sae
+from app.weights import CONFIG, PARAMETERS, WEIGHTS, check_sae, store_sae
 
 D_IN, D_SAE, K = 3, 5, 2
 Header = dict[str, Any]
@@ -99,7 +99,7 @@ def test_a_good_sae_is_described_and_stored_under_the_hash_of_its_files(tmp_path
     assert store_sae(settings, source, facts) == stored
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
+@pytest.mark.parametrize("architecture", list(PARAMETERS))
 def test_what_sae_lens_saves_is_accepted_and_reads_the_same_after_storing(
     tmp_path: Path, settings: Settings, architecture: str
 ) -> None:
@@ -108,13 +108,54 @@ def test_what_sae_lens_saves_is_accepted_and_reads_the_same_after_storing(
 
     sae_class, config_class = get_sae_class(architecture)
     extra = {"k": K} if architecture == "topk" else {}
+    if "transcoder" in architecture:
+        extra = {"d_out": 4, "apply_b_dec_to_input": False}
     sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, **extra))
     sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    sae.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
     sae.save_model(tmp_path / "sae")
-    stored = store_sae(settings, tmp_path / "sae", check_sae(tmp_path / "sae", D_IN, settings))
+    stored = store_sae(settings, tmp_path / "sae", check_sae(tmp_path / "sae", None, settings))
     again = SAE.load_from_disk(str(stored))
     assert again.cfg.architecture() == architecture
+    assert again.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert all((again.state_dict()[name] == value).all() for name, value in sae.state_dict().items())
+
+
+def transcoder(**changes: Any) -> dict[str, Any]:
+    hooks = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
+    return config(architecture="skip_transcoder", d_out=4, apply_b_dec_to_input=False, metadata=hooks, **changes)
+
+
+def transcoder_tensors() -> dict[str, np.ndarray]:
+    outward = {"W_dec": (D_SAE, 4), "b_dec": (4,), "W_skip": (4, D_IN)}
+    return tensors(**{name: np.ones(shape, "<f4") for name, shape in outward.items()})
+
+
+def test_a_transcoder_is_stored_with_both_hooks(tmp_path: Path, settings: Settings) -> None:
+    source = write(tmp_path / "sae", transcoder(), *encode(transcoder_tensors()))
+    facts = check_sae(source, None, settings)
+    assert (facts.architecture, facts.hook_name) == ("skip_transcoder", "blocks.1.mlp.hook_in")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"d_out": 5}, "W_dec has shape [5, 4]; d_in = 3 and d_sae = 5 need [5, 5]"),
+        ({"d_out": None}, "d_out is None"),
+        ({"apply_b_dec_to_input": True}, "a transcoder's b_dec belongs to its output"),
+        ({"metadata": {"hook_name": "blocks.1.hook_mlp_in"}}, "hook_name_out 'None' is not known"),
+    ],
+)
+def test_a_transcoder_whose_output_does_not_fit_is_refused(
+    tmp_path: Path, settings: Settings, changes: dict[str, Any], sentence: str
+) -> None:
+    source = write(tmp_path / "sae", transcoder() | changes, *encode(transcoder_tensors()))
+    assert sentence in refusal(source, settings, None)
+
+
+def test_a_transcoder_for_another_width_is_refused_with_both_numbers(tmp_path: Path, settings: Settings) -> None:
+    source = write(tmp_path / "sae", transcoder(), *encode(transcoder_tensors()))
+    assert "writes d_out = 4 numbers a token; blocks.1.hook_mlp_out of this model has 3" in refusal(source, settings, 3)
 
 
 def test_the_workers_load_what_was_stored(tmp_path: Path, settings: Settings) -> None:
@@ -136,7 +177,7 @@ def test_a_config_from_before_sae_lens_6_is_stored_in_todays_shape(tmp_path: Pat
     }
     facts = check_sae(write(tmp_path / "sae", old, *encode(tensors())), D_IN, settings)
     assert (facts.architecture, facts.layer, facts.config["k"]) == ("topk", 2, K)
-    assert facts.config["metadata"] == {"hook_name": "blocks.2.hook_resid_pre"}
+    assert facts.config["metadata"] == {"hook_name": "blocks.2.hook_resid_pre", "sae_lens_version": "6.0.0"}
     assert "/scratch" not in facts.text
 
 
@@ -238,7 +279,10 @@ def test_missing_and_extra_tensors_are_named(tmp_path: Path, settings: Settings)
     ("changes", "sentence"),
     [
         ({"architecture": "os.system"}, "architecture = 'os.system'"),
-        ({"architecture": "crosscoder"}, "'crosscoder' is not known; known are standard, topk, jumprelu, gated"),
+        (
+            {"architecture": "crosscoder"},
+            "'crosscoder' is not known; known are standard, topk, jumprelu, gated, transcoder",
+        ),
         ({"architecture": "batchtopk"}, "save_inference_model"),
         ({"architecture": None}, "'None' is not known"),
         ({"architecture": "topk", "k": 0}, "k is 0; it must be a whole number from 1 to 5"),

@@ -325,6 +325,7 @@ def _write_sae(context: JobContext, spec: TrainSpec, model: LanguageModel, direc
             "prepend_bos": model.card.bos_token_id is not None,
             "dataset_path": spec.corpus,
             "trained_by": "sae-atlas",
+            "sae_lens_version": "6.0.0",  # the shape of this config; without it sae-lens ignores the metadata
         },
     }
     checkpoints.save_sae(directory, config, tensors, getattr(torch, spec.weights_dtype))
