@@ -159,6 +159,12 @@ def documents(directory: Path) -> Iterator[Document]:
         yield from _parse_jsonl(_lines(zstandard.ZstdDecompressor().stream_reader(raw)), file)
 
 
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents of a corpus file as `add_corpus` reads it."""
+    with _opened(path) as (file, _):
+        yield from _read_documents(path, file)
+
+
 def _store(settings: Settings, path: Path, report: Report) -> tuple[str, int, int]:
     root = settings.data_dir / "corpora"
     root.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,16 @@ class HarvestSpec(Spec):
     seed: int = Field(0, ge=0, description="Seed of the interval samples.")
 
 
+class ValidateSpec(Spec):
+    """Measure an SAE on some real text and say whether it fits its model and hook."""
+
+    model: str = Field(description="Model id in the catalog.")
+    source: str = Field(description="Source id in that model, such as 12-demo.")
+    corpus: str = Field("", description="Corpus in the catalog; empty means the largest, or the demo's text.")
+    n_tokens: int = Field(10_000, ge=500, description="Tokens to read; first positions extra.")
+    context_size: int = Field(128, ge=8, le=4096, description="Tokens the model sees at once.")
+
+
 class TrainSpec(Spec):
     """Train one TopK SAE on the activations of one hook over one corpus, evaluate it and put it into the catalog."""
 

@@ -14,7 +14,7 @@ def tokenised(model: LanguageModel, corpus_dir: Path, report: Report) -> Stream:
     """Return the corpus' stream under the model's tokenizer, made now if this is the first use."""
     directory = corpus_dir / f"tokens-{model.card.tokenizer_hash}"
     if not directory.exists():
-        write_stream(directory, _token_rows(model, corpus_dir, report), _separator(model), model.card.d_vocab)
+        write_stream(directory, _token_rows(model, corpus_dir, report), separator(model), model.card.d_vocab)
     return Stream.open(directory)
 
 
@@ -32,7 +32,7 @@ def _batches(source: Iterator[Document], size: int) -> Iterator[tuple[Document, 
         yield batch
 
 
-def _separator(model: LanguageModel) -> int:
+def separator(model: LanguageModel) -> int:
     """The token between documents: end of text where the tokenizer has one, else its BOS, else token 0."""
     ids = (
         model.tokenizer.convert_tokens_to_ids("<|endoftext|>"),

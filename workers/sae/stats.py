@@ -27,10 +27,12 @@ class ReconstructionStats:
     total: Tensor | None = None
     fired: Tensor | None = field(default=None, repr=False)
 
-    def add(self, x: Float[Tensor, "batch d_in"], coder: Coder) -> None:
-        """Count one batch of activations, [batch, d_in]."""
+    def add(
+        self, x: Float[Tensor, "batch d_in"], coder: Coder, target: Float[Tensor, "batch d_out"] | None = None
+    ) -> None:
+        """Count one batch of activations; a transcoder's reconstruction is held against its target."""
         acts = coder.encode(x)
-        self.add_reconstruction(x, coder.reconstruct(x))
+        self.add_reconstruction(x if target is None else target, coder.reconstruct(x))
         self.l0 += float((acts > 0).sum())
         fired = (acts > 0).any(dim=0)
         self.fired = fired if self.fired is None else self.fired | fired

@@ -13,11 +13,16 @@ from torch.nn.functional import kl_div
 
 from app.corpora import Report, Stream
 from workers.activations import outlier_limit, read_contexts
-from workers.language_model import LanguageModel
+from workers.language_model import Edit, LanguageModel
 from workers.sae.coders import Coder
 from workers.sae.stats import ReconstructionStats
 
 CONTEXTS_PER_PASS = 4
+ACTS_BYTES = 256 * 2**20
+"""Most memory the [tokens, d_sae] activations of one batch may take."""
+
+Watch = Callable[[int, dict[str, float]], None]
+"""Told the tokens so far and what the metrics are by then."""
 
 
 def evaluate(
@@ -29,6 +34,7 @@ def evaluate(
     n_loss_contexts: int,
     max_norm_ratio: float,
     report: Report,
+    watch: Watch = lambda n_tokens, metrics: None,
 ) -> dict[str, Any]:
     """Return the metrics of design.md and the tokens they were measured on.
 
@@ -39,9 +45,11 @@ def evaluate(
     parts = read_contexts(model, stream, rows[:16], context_size, [hook], bos)
     sample = torch.cat([acts[hook][:, 1:].flatten(0, 1) for _, acts in parts])
     limit = outlier_limit(sample, max_norm_ratio)
-    metrics = _reconstruction(model, coder, stream, rows, context_size, limit, lambda s, t: report(s * 0.5, t))
+    metrics = _reconstruction(model, coder, stream, rows, context_size, limit, lambda s, t: report(s * 0.5, t), watch)
     loss_rows = rows[:n_loss_contexts]
-    metrics |= _spliced(model, coder, stream, loss_rows, context_size, limit, lambda s, t: report(0.5 + s * 0.5, t))
+    metrics |= _spliced(
+        model, coder, stream, loss_rows, context_size, limit, lambda s, t: report(0.5 + s * 0.5, t), watch
+    )
     return metrics
 
 
@@ -53,14 +61,21 @@ def _reconstruction(
     context_size: int,
     limit: float,
     report: Report,
+    watch: Watch,
 ) -> dict[str, Any]:
     stats, n_seen = ReconstructionStats(), 0
-    bos = model.bos_for(coder.config)
-    for _, acts in read_contexts(model, stream, rows, context_size, [coder.hook_name], bos):
-        x = acts[coder.hook_name][:, 1:].flatten(0, 1).float()
+    hook, out = coder.hook_name, coder.hook_name_out
+    for _, acts in read_contexts(model, stream, rows, context_size, [hook, out], model.bos_for(coder.config)):
+        x, target = (acts[name][:, 1:].flatten(0, 1).float() for name in (hook, out))
         n_seen += len(x)
-        stats.add(x[x.norm(dim=-1) <= limit], coder)
-        report(n_seen / (len(rows) * (context_size - 1)), f"reconstructed {n_seen:,} held-out tokens")
+        kept = x.norm(dim=-1) <= limit
+        batch = max(1, ACTS_BYTES // (4 * coder.d_sae))
+        for part, aim in zip(x[kept].split(batch), target[kept].split(batch), strict=True):
+            stats.add(part, coder, aim)
+        found = stats.metrics()
+        watch(stats.n, {name: found[name] for name in ("l0", "explained_variance")})
+        numbers = f"l0 {found['l0']:.1f}, explained variance {found['explained_variance']:.3f}"
+        report(n_seen / (len(rows) * (context_size - 1)), f"{numbers} on {n_seen:,} held-out tokens")
     return stats.metrics() | {"n_tokens": stats.n, "outlier_share": 1 - stats.n / n_seen, "max_norm": limit}
 
 
@@ -72,6 +87,7 @@ def _spliced(
     context_size: int,
     limit: float,
     report: Report,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Cross-entropy (nats a token) clean, with the reconstruction and with zeros at the hook, and KL divergences."""
     sums = dict.fromkeys(("ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "kl_sae", "kl_zero"), 0.0)
@@ -80,37 +96,53 @@ def _spliced(
         ids = torch.from_numpy(
             stream.contexts(rows[start : start + CONTEXTS_PER_PASS], context_size, model.bos_for(coder.config))
         ).to(model.device)
-        clean = _log_probs(model, coder.hook_name, ids, None)
+        clean = _log_probs(model, ids, {})
         sums["ce_loss_clean"] += _cross_entropy(clean, ids)
-        for name, splice in {"sae": coder.reconstruct, "zero": torch.zeros_like}.items():
+        for name in ("sae", "zero"):
             # One run at a time: the log-probabilities of a batch over the vocabulary take 100 MB.
-            log_probs = _log_probs(model, coder.hook_name, ids, _replacing(splice, limit))
+            log_probs = _log_probs(model, ids, _spliced_in(coder, limit, zero=name == "zero"))
             sums[f"ce_loss_{name}"] += _cross_entropy(log_probs, ids)
             sums[f"kl_{name}"] += float(kl_div(log_probs, clean, reduction="sum", log_target=True))
         n_tokens += ids.shape[0] * (ids.shape[1] - 1)
-        report(start / len(rows), f"spliced into {n_tokens:,} held-out tokens")
+        score = _score(sums["ce_loss_zero"], sums["ce_loss_sae"], sums["ce_loss_clean"])
+        watch(n_tokens, {"ce_loss_score": score})
+        report(start / len(rows), f"ce_loss_score {score:.3f} on {n_tokens:,} held-out tokens")
     means = {name: value / n_tokens for name, value in sums.items()}
     return means | {
-        "ce_loss_score": (means["ce_loss_zero"] - means["ce_loss_sae"])
-        / (means["ce_loss_zero"] - means["ce_loss_clean"]),
+        "ce_loss_score": _score(means["ce_loss_zero"], means["ce_loss_sae"], means["ce_loss_clean"]),
         "kl_div_score": (means["kl_zero"] - means["kl_sae"]) / means["kl_zero"],
         "n_loss_tokens": n_tokens,
     }
 
 
-def _replacing(fn: Callable[[Tensor], Tensor], limit: float) -> Callable[[Tensor], Tensor]:
-    def edit(x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        kept = rows.norm(dim=-1) > limit
-        kept.view(x.shape[:2])[:, 0] = True
-        return torch.where(kept[:, None], rows, fn(rows).to(rows.dtype)).view_as(x)
+def _score(zero: float, sae: float, clean: float) -> float:
+    """(CE_zero - CE_sae) / (CE_zero - CE_clean)."""
+    return (zero - sae) / (zero - clean)
 
-    return edit
+
+def _spliced_in(coder: Coder, limit: float, *, zero: bool) -> dict[str, Edit]:
+    """Edits that put the reconstruction, or zeros, where it belongs; first positions and outliers stay."""
+    seen: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        seen[:] = [x]
+        return x
+
+    def replace(y: Tensor) -> Tensor:
+        x, rows = (seen[0] if seen else y).flatten(0, 1), y.flatten(0, 1)
+        kept = x.norm(dim=-1) > limit
+        kept.view(y.shape[:2])[:, 0] = True
+        fresh = torch.zeros_like(rows) if zero else coder.reconstruct(x).to(rows.dtype)
+        return torch.where(kept[:, None], rows, fresh).view_as(y)
+
+    if coder.hook_name_out == coder.hook_name:
+        return {coder.hook_name: replace}
+    return {coder.hook_name: keep, coder.hook_name_out: replace}
 
 
 @torch.inference_mode()
-def _log_probs(model: LanguageModel, hook: str, ids: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
-    with model.edited({hook: edit} if edit else {}):
+def _log_probs(model: LanguageModel, ids: Tensor, edits: dict[str, Edit]) -> Tensor:
+    with model.edited(edits):
         return model.hf(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(dim=-1)
 
 

@@ -117,6 +117,7 @@ class JobKind(ABC):
 _REGISTRY = {
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
+    "validate": "workers.trainer.validate:Validate",
 }
 """Kinds by name, imported only when one is asked for: torch takes seconds."""
 
