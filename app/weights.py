@@ -92,7 +92,7 @@ def check_sae(directory: Path, d_model: int | None, settings: Settings, progress
     given = _parse(raw)
     _refuse_places(given)
     modern = isinstance(given.get("metadata"), dict) and "hook_name" in given["metadata"]
-    config = given if modern else _modernised(given)
+    config = given if modern else modernised(given)
     text = raw if modern else json.dumps(config, indent=2)
     architecture, d_in, d_sae = _check_config(config, settings)
     hook_name, layer, kind = _hook(config)
@@ -142,25 +142,32 @@ def _weights_file(directory: Path) -> Path:
     return weights
 
 
+def read_json(path: Path) -> _Json:
+    """Return the object of a small JSON file, whatever its name. Raises BadFile."""
+    return _parse(_config_text(path), path.name)
+
+
 def _config_text(path: Path) -> str:
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
-        raise BadFile(f"{CONFIG} takes {size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
+        raise BadFile(f"{path.name} takes {size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadFile(f"{CONFIG} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}.") from None
+        raise BadFile(
+            f"{path.name} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}."
+        ) from None
 
 
-def _parse(raw: str) -> _Json:
+def _parse(raw: str, file: str = CONFIG) -> _Json:
     try:
         config = json.loads(raw, parse_constant=_no_constant)
     except RecursionError:
-        raise BadFile(f"{CONFIG} is nested too deeply; an SAE's config has 3 levels.") from None
+        raise BadFile(f"{file} is nested too deeply; an SAE's config has 3 levels.") from None
     except ValueError as error:
-        raise BadFile(f"{CONFIG} is not JSON: {error}.") from None
+        raise BadFile(f"{file} is not JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise BadFile(f"{CONFIG} holds a {type(config).__name__}; it must hold an object.")
+        raise BadFile(f"{file} holds a {type(config).__name__}; it must hold an object.")
     return cast(_Json, config)
 
 
@@ -194,7 +201,7 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
             stack += [(where, v) for v in cast(list[Any], item)]
 
 
-def _modernised(given: _Json) -> _Json:
+def modernised(given: _Json) -> _Json:
     """Put a config from before SAELens 6 (hook_point, activation_fn_str) into today's shape."""
     old = {**given, **cast(_Json, given.get("metadata") if isinstance(given.get("metadata"), dict) else {})}
     old["hook_name"] = old.get("hook_name", old.get("hook_point"))
