@@ -51,7 +51,7 @@ class Demo:
         return f"{self.url}/{self.model}/{self.source}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_server() -> Iterator[Demo]:
     """The demo as a person starts it. Its processes end with the run."""
     if "SAE_ATLAS_TEST_URL" in os.environ:
@@ -73,13 +73,14 @@ def demo_server() -> Iterator[Demo]:
             process.wait(30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def playwright() -> Iterator[Playwright]:
+    """Ends with this package: its event loop runs in the main thread, where other tests start their own."""
     with sync_playwright() as started:
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(playwright: Playwright) -> Iterator[Browser]:
     launched = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
     yield launched

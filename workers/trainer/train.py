@@ -244,7 +244,7 @@ def _train_step(state: TrainingState, spec: TrainSpec, x: Tensor, n_steps: int) 
         loss = topk_loss(x, state.parameters, spec.k, dead, spec.aux_k, spec.aux_coefficient)
     if not torch.isfinite(loss.total):
         raise Diverged(
-            f"The loss became {float(loss.total)} at step {state.step:,} with learning rate {lr:.1e}. "
+            f"The loss became {loss.total.item()} at step {state.step:,} with learning rate {lr:.1e}. "
             "Lower lr or raise warmup_steps; if it happens at once, look for non-finite activations."
         )
     loss.total.backward()
