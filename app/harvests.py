@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from app import evidence as blobs
-from app.errors import NotFound
+from app.errors import BadInput, NotFound
 from app.evidence import FeatureEvidence
 from app.settings import Settings
 from app.tables import Evidence, Explanation, Feature, Harvest, Model, Source
@@ -18,6 +21,7 @@ from app.weights import SaeFacts, store_sae
 
 HEURISTIC = "heuristic"
 _CHUNK = 1_000
+_SET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,51 @@ def catalogue_sae(
     source.config, source.metrics, source.origin = facts.config, metrics, origin
     session.flush()
     return source
+
+
+def check_set_name(text: str) -> str:
+    """Return a usable set name. Raises BadInput: it is part of addresses."""
+    if not _SET_NAME.fullmatch(text):
+        raise BadInput(f"{text[:100]!r} cannot be a set name: use a-z, 0-9, - and _, at most 64.")
+    return text
+
+
+def remove_source(session: Session, settings: Settings, model_id: str, name: str) -> Path | None:
+    """Delete a source with its evidence and explanations.
+
+    Returns the directory of its weights when no other source uses them: delete it after the commit.
+    """
+    source = source_named(session, model_id, name)
+    source.harvest_id = None
+    session.flush()
+    harvests = select(Harvest.id).where(Harvest.source_id == source.id)
+    session.execute(delete(Evidence).where(Evidence.harvest_id.in_(harvests)))
+    for table in (Harvest, Explanation, Feature):
+        session.execute(delete(table).where(table.source_id == source.id))
+    sae_hash, layer, was_default = source.sae_hash, source.layer, source.is_default
+    session.delete(source)
+    session.flush()
+    if was_default:
+        heir = session.scalar(select(Source).where(Source.model_id == model_id, Source.layer == layer).limit(1))
+        if heir is not None:
+            heir.is_default = True
+    used = session.scalar(select(Source.id).where(Source.sae_hash == sae_hash).limit(1)) is not None
+    return None if used else settings.sae_dir(sae_hash)
+
+
+def delete_weights(directory: Path | None) -> None:
+    """Delete what remove_source left; a reader never sees half of it."""
+    if directory is not None and directory.is_dir():
+        gone = directory.with_name(f".gone-{directory.name}")
+        directory.replace(gone)
+        shutil.rmtree(gone)
+
+
+def shared_with(session: Session, model_id: str, name: str) -> list[str]:
+    """Return the other sources, as `model/source`, that have the same weights."""
+    source = source_named(session, model_id, name)
+    others = select(Source).where(Source.sae_hash == source.sae_hash, Source.id != source.id)
+    return [f"{other.model_id}/{other.name}" for other in session.scalars(others.order_by(Source.id))]
 
 
 def source_named(session: Session, model_id: str, name: str) -> Source:

@@ -13,8 +13,8 @@ from app import db
 from app.api import activations, explanations, features, health, steer, tokenize
 from app.gpu import Worker
 from app.settings import Settings
-from app.web import docs, feature, home, job, prompt, search, source, steering
-from app.web.guard import Guard, is_loopback
+from app.web import docs, feature, home, job, prompt, search, source, steering, upload
+from app.web.guard import Guard, LargerBodies, is_loopback
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
 
@@ -50,13 +50,16 @@ def create_app(settings: Settings) -> FastAPI:
     register(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     # Counts bodies that come in chunks; Guard has refused those that say their length.
+    # The upload of an SAE counts for itself and has a sentence for it; LargerBodies is only a stop behind that.
+    larger = {upload.PATH: settings.max_sae_bytes + upload.SLACK_BYTES}
+    app.add_middleware(LargerBodies, larger={upload.PATH: 2 * larger[upload.PATH]})
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
-    app.add_middleware(Guard, loopback=is_loopback(settings.host), max_body_bytes=MAX_BODY_BYTES)
+    app.add_middleware(Guard, loopback=is_loopback(settings.host), max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.mount("/static", VersionedStatic(version), name="static")
     for api in (features, explanations, activations, steer, tokenize):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
-    for pages in (home, docs, job, search, steering, prompt, source):
+    for pages in (home, docs, job, search, upload, steering, prompt, source):
         app.include_router(pages.router, include_in_schema=False)
     # Last: its /{model}/{source}/{index} matches any three segments.
     app.include_router(feature.router, include_in_schema=False)

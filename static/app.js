@@ -118,7 +118,7 @@ document.addEventListener("pointerover", showTip);
 document.addEventListener("click", showTip);
 
 // Pages that need more than this load it themselves.
-const parts = { "[data-steer]": "./steer.js", "[data-figure]": "./figures.js" };
+const parts = { "[data-steer]": "./steer.js", "[data-figure]": "./figures.js", "[data-upload]": "./upload.js" };
 async function mount() {
   showBreaks();
   for (const [selector, file] of Object.entries(parts)) {

@@ -6,11 +6,13 @@ import ipaddress
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 import orjson
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import log
@@ -32,10 +34,12 @@ _QUIET = ("/static/", "/healthz", "/readyz")
 class Guard:
     """Refuse foreign hosts (400), cross-site writes (403) and large bodies (413); name, log and dress each request."""
 
-    def __init__(self, app: ASGIApp, loopback: bool, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, loopback: bool, max_body_bytes: int, larger: Mapping[str, int]) -> None:
         self.app = app
         self.loopback = loopback
         self.max_body_bytes = max_body_bytes
+        self.larger = larger
+        """Paths that take larger bodies, with how large."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -73,9 +77,21 @@ class Guard:
         if scope["method"] not in _SAFE and cross_site(headers):
             return 403, "A page of another site may not change anything here."
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self.max_body_bytes:
-            return 413, f"The request is {int(length):,} bytes; up to {self.max_body_bytes:,} are read."
+        most = self.larger.get(scope["path"], self.max_body_bytes)
+        if length.isdigit() and int(length) > most:
+            return 413, f"The request is {int(length):,} bytes; up to {most:,} are read."
         return None
+
+
+class LargerBodies:
+    """Raises the limit on bodies that the middleware outside of it sets, for some paths."""
+
+    def __init__(self, app: ASGIApp, larger: Mapping[str, int]) -> None:
+        self.app = app
+        self.limited = {path: RequestBodyLimitMiddleware(app, most) for path, most in larger.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.limited.get(scope.get("path", ""), self.app)(scope, receive, send)
 
 
 def is_loopback(name: str) -> bool:

@@ -11,11 +11,13 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, field_validator
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog
+from app import catalog, harvests, validations
 from app.catalog import Filter, HarvestCard, Kind, SourceCard, Table
 from app.present import Chart, amount, density_chart, percent
 from app.protocol import ModelCard
-from app.web.pages import Db, partial, query, render
+from app.tables import Job
+from app.validations import Validation
+from app.web.pages import Config, Db, partial, query, render
 
 router = APIRouter()
 
@@ -97,6 +99,11 @@ class SourcePage:
     origin: tuple[tuple[str, str], ...]
     density: Chart | None
     features: TablePage
+    validation: Validation | None
+    check: Job | None
+    """The check that waits or runs."""
+    shared: tuple[str, ...]
+    """Other sources with the same weights, which stay when this one is removed."""
 
 
 class FilterQuery(BaseModel):
@@ -125,6 +132,16 @@ class FilterQuery(BaseModel):
 def random_in_source(model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]) -> Response:
     found = catalog.source_card(session, model, source)
     return RedirectResponse(f"{found.path}/{catalog.random_feature(session, found, wanted.filter())}", 302)
+
+
+@router.post("/{model}/{source}/remove")
+def remove(model: str, source: str, session: Db, settings: Config) -> Response:
+    """Delete an SAE; its weights too, where no other source uses them."""
+    found = catalog.source_card(session, model, source)
+    left = harvests.remove_source(session, settings, found.model_id, found.name)
+    session.commit()
+    harvests.delete_weights(left)
+    return RedirectResponse(f"/{found.model_id}", 303)
 
 
 @router.get("/{model}")
@@ -166,6 +183,9 @@ def source_page(
         origin=facts(found.origin),
         density=density_chart(harvest.summary) if harvest else None,
         features=TablePage(found, catalog.table(session, found, wanted.filter())),
+        validation=validations.found(found.metrics),
+        check=validations.pending(session, found.model_id, found.name),
+        shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
     )
     return render(request, "source.html", page)
 

@@ -1,0 +1,87 @@
+// The page that adds an SAE: files by choice or drop, progress while they go up, the server's sentence if it refuses.
+
+const wanted = (file) => /\.(json|safetensors|pt|pth|pkl|bin|ckpt)$/.test(file.name);
+const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+
+export function mount() {
+  const form = document.querySelector("[data-upload]");
+  if (form.dataset.mounted) return;
+  form.dataset.mounted = "yes";
+  const part = (name) => document.querySelector(`[data-${name}]`);
+  let files = [];
+
+  function choose(list) {
+    files = [...list].filter(wanted);
+    const names = files.map((file) => `${file.name} (${mib(file.size)})`).join(", ");
+    part("chosen").textContent = names || "No SAE's files among these; cfg.json and sae_weights.safetensors are.";
+  }
+
+  form.addEventListener("change", (event) => {
+    if (event.target.type !== "file") return;
+    form.querySelectorAll("input[type=file]").forEach((input) => input !== event.target && (input.value = ""));
+    choose(event.target.files);
+  });
+  part("drop").addEventListener("dragover", (event) => event.preventDefault());
+  part("drop").addEventListener("drop", async (event) => {
+    event.preventDefault();
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+    choose((await Promise.all(entries.map(filesOf))).flat());
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    part("problem").replaceChildren();
+    const size = files.reduce((sum, file) => sum + file.size, 0);
+    const limit = Number(form.dataset.limit);
+    if (!files.length) return say("Choose the SAE's files first.");
+    if (size > limit) return say(`These files take ${mib(size)}; SAE_ATLAS_MAX_SAE_BYTES allows ${mib(limit)}.`);
+    send(size);
+  });
+
+  function send(size) {
+    const body = new FormData();
+    body.append("model", form.elements.model.value);
+    body.append("set_name", form.elements.set_name.value);
+    files.forEach((file) => body.append("files", file, file.name));
+    const request = new XMLHttpRequest();
+    const bar = part("progress");
+    request.open("POST", form.action);
+    request.responseType = "json";
+    request.setRequestHeader("accept", "application/json");
+    request.upload.addEventListener("progress", (event) => {
+      bar.hidden = false;
+      bar.value = (100 * event.loaded) / event.total;
+      part("status").textContent =
+        event.loaded < event.total ? `${mib(event.loaded)} of ${mib(event.total)}` : "Checking every number in it…";
+    });
+    request.addEventListener("load", () => {
+      if (request.status === 200 && request.response?.url) return location.assign(request.response.url);
+      end(request.response?.message ?? `The server answered with status ${request.status}.`);
+    });
+    request.addEventListener("error", () => end("The connection broke; is the server running? Nothing was kept."));
+    form.querySelector("button").disabled = true;
+    request.send(body);
+  }
+
+  function end(sentence) {
+    form.querySelector("button").disabled = false;
+    part("progress").hidden = true;
+    part("status").textContent = "";
+    say(sentence);
+  }
+
+  function say(sentence) {
+    const box = document.createElement("div");
+    box.className = "problem";
+    box.setAttribute("role", "alert");
+    box.textContent = sentence;
+    part("problem").replaceChildren(box);
+  }
+}
+
+// All files of a dropped file or folder.
+async function filesOf(entry) {
+  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))];
+  const reader = entry.createReader();
+  const entries = await new Promise((done, failed) => reader.readEntries(done, failed));
+  return (await Promise.all(entries.map(filesOf))).flat();
+}
