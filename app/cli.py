@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -19,9 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.orm import Session
 
-from app import bundles, catalog, corpora, db, doctor, harvests, jobs, log, models, supervisor, weights
+from app import bundles, catalog, corpora, db, doctor, formats, harvests, hub, jobs, log, models, supervisor, weights
 from app.demo import prepare
 from app.errors import AtlasError, BadFile, BadInput, NotFound
+from app.protocol import ModelCard
 from app.settings import Settings
 from app.specs import HarvestSpec, TrainSpec
 from app.supervisor import Child
@@ -72,6 +72,10 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        # A full disk, a file that may not be read: the system's words and the place are what a person needs.
+        _err.print(f"[red]Error:[/] {escape(str(error))}.", soft_wrap=True)
+        sys.exit(2)
 
 
 # Running ---------------------------------------------------------------------------------------------------------
@@ -184,32 +188,104 @@ def list_models() -> None:
 
 @_groups["sae"].command("add")
 def add_sae(
-    directory: Annotated[
-        Path, typer.Argument(help="Holds cfg.json and sae_weights.safetensors, as SAELens saves them.")
-    ],
     model: Annotated[str, typer.Option(help="Id of the model it was trained on.")],
-    set_name: Annotated[str, typer.Option("--set", help="The source will be {layer}-{set}.")] = "sae",
-    layer: Annotated[int | None, typer.Option(help="Layer expected; refused when cfg.json names another.")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(help="A directory as SAELens, sparsify, dictionary_learning, ... save it.")
+    ] = None,
+    hf: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hugging Face hub instead.")] = "",
+    subfolder: Annotated[str, typer.Option(help="Folder in that repository.")] = "",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit of that repository.")] = "",
+    saelens: Annotated[
+        tuple[str, str], typer.Option(metavar="RELEASE SAE_ID", help="SAELens' name of a pretrained SAE instead.")
+    ] = ("", ""),
+    set_name: Annotated[
+        str, typer.Option("--set", help="The source will be {layer}-{set}; Neuronpedia's name, or sae, otherwise.")
+    ] = "",
+    layer: Annotated[int | None, typer.Option(help="Layer expected; refused when the SAE names another.")] = None,
+    hook: Annotated[str, typer.Option(help="Where it reads, for files that do not say.")] = "",
 ) -> None:
     """Check an SAE and put it into the catalog."""
     settings = Settings()
+    wanted = _place(directory, hf, subfolder, revision, saelens)
+    if set_name:
+        harvests.check_set_name(set_name)
     with _session(settings) as session:
         card = catalog.model_entry(session, model).card
-        with _progress() as report:
-            facts = weights.check_sae(directory, card.d_model, settings, report)
-        wanted = facts.layer if layer is None else layer
-        if wanted != facts.layer or facts.layer >= card.n_layers:
-            raise BadFile(
-                f"The SAE reads {facts.hook_name}; layer {wanted} was asked for, "
-                f"and {model} has layers 0 to {card.n_layers - 1}."
-            )
-        origin = {"added_from": directory.resolve().name}
-        source = harvests.catalogue_sae(
-            session, settings, facts, model_id=model, set_name=_set_name(set_name), metrics={}, origin=origin
-        )
-        name, d_sae = source.name, source.d_sae
+    with _progress() as report:
+        where, origin = _bring(settings, directory, wanted, report)
+        hints = formats.Hints(str(where.resolve()), hook)
+        if wanted:
+            hints = formats.Hints(wanted.where, hook, wanted.norm_scale)
+        with formats.in_saelens_format(where, settings, hints) as found:
+            facts = weights.check_sae(found.directory, card.d_model, settings, report)
+            _check_place(facts, hook, facts.layer if layer is None else layer, card)
+            origin |= {"format": found.format, **_neuronpedia(facts, wanted)}
+            set_name = set_name or _default_set(origin, facts.layer)
+            with _session(settings) as session:
+                source = harvests.catalogue_sae(
+                    session, settings, facts, model_id=model, set_name=set_name, metrics={}, origin=origin
+                )
+                name, d_sae = source.name, source.d_sae
     _out.print(f"Source {model}/{name}: {facts.architecture}, {d_sae:,} latents at {facts.hook_name}.")
+    if wanted and wanted.note:
+        _out.print(f"[yellow]Note:[/] {escape(wanted.note)}", soft_wrap=True)
     _out.print(f"Gather its evidence with `sae-atlas harvest {model}/{name} --corpus NAME`.")
+
+
+def _place(
+    directory: Path | None, hf: str, subfolder: str, revision: str, saelens: tuple[str, str]
+) -> hub.Place | None:
+    """Where on the hub the SAE lies, None for a directory. Raises BadInput unless exactly one source is given."""
+    given = [
+        way
+        for way in ("a directory" if directory else "", "--hf" if hf else "", "--saelens" if saelens[0] else "")
+        if way
+    ]
+    if len(given) != 1:
+        raise BadInput(f"Give a directory, --hf or --saelens: one of them, not {' and '.join(given) or 'none'}.")
+    if (subfolder or revision) and not hf:
+        raise BadInput("--subfolder and --revision belong to --hf.")
+    if saelens[0]:
+        return hub.release(*saelens)
+    return hub.place(hf, subfolder, revision) if hf else None
+
+
+def _bring(
+    settings: Settings, directory: Path | None, wanted: hub.Place | None, report: Report
+) -> tuple[Path, dict[str, Any]]:
+    """Return the directory that holds the SAE, fetched where it must be, and its origin."""
+    if wanted is None:
+        assert directory is not None
+        return directory, {"added_from": directory.resolve().name}
+    fetched = hub.fetch(settings, wanted, report)
+    lineage = {
+        "repo": wanted.repo,
+        "subfolder": wanted.subfolder,
+        "revision": fetched.commit,
+        "release": wanted.release,
+    }
+    return fetched.directory, {key: value for key, value in lineage.items() if value}
+
+
+def _check_place(facts: weights.SaeFacts, hook: str, layer: int, card: ModelCard) -> None:
+    if hook and hook != facts.hook_name:
+        raise BadFile(f"The SAE says that it reads {facts.hook_name}; --hook {hook} contradicts it.")
+    if layer != facts.layer or facts.layer >= card.n_layers:
+        raise BadFile(
+            f"The SAE reads {facts.hook_name}; layer {layer} was asked for, "
+            f"and {card.id} has layers 0 to {card.n_layers - 1}."
+        )
+
+
+def _neuronpedia(facts: weights.SaeFacts, wanted: hub.Place | None) -> dict[str, str]:
+    """Its id on Neuronpedia, as the release's list or the config tells it."""
+    known = (wanted.neuronpedia_id if wanted else "") or facts.config["metadata"].get("neuronpedia_id")
+    return {"neuronpedia_id": known} if isinstance(known, str) and hub.NEURONPEDIA_ID.fullmatch(known) else {}
+
+
+def _default_set(origin: dict[str, Any], layer: int) -> str:
+    match = hub.NEURONPEDIA_ID.fullmatch(origin.get("neuronpedia_id", ""))
+    return match[2] if match and int(match[1]) == layer else "sae"
 
 
 @_groups["sae"].command("list")
@@ -467,12 +543,6 @@ def _model_source(text: str) -> tuple[str, str]:
     if not (slash and model_id and name):
         raise NotFound(f"{text!r} names no source; write MODEL/SOURCE, such as smollm2-135m-instruct/12-demo.")
     return model_id, name
-
-
-def _set_name(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", text):
-        raise BadInput(f"{text!r} cannot be a set name: use a-z, 0-9, - and _, at most 64.")
-    return text
 
 
 def _number(value: Any) -> str:

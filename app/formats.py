@@ -40,6 +40,8 @@ class Hints:
     """Repo and folders it lies in, such as google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71."""
     hook_name: str = ""
     """Where the person says it reads."""
+    norm_scale: float = 0.0
+    """What inputs must be multiplied by, where SAELens' list of releases says so; 0 where it does not."""
 
 
 class Recognised(NamedTuple):
@@ -74,6 +76,8 @@ class Format:
 def in_saelens_format(directory: Path, settings: Settings, hints: Hints) -> Generator[Recognised]:
     """Yield the directory itself where it is SAELens', otherwise a converted copy that lives as long as the block."""
     found = recognise(directory)
+    if found is None and hints.norm_scale and _expects_scaled(directory):
+        found = _SCALED
     if found is None:
         yield Recognised(directory, SAELENS)
         return
@@ -165,6 +169,24 @@ def _read_without_scaling_factor(directory: Path, _hints: Hints, settings: Setti
         raise BadFile(
             f"{WEIGHTS} holds a scaling_factor from {factor.min():.3g} to {factor.max():.3g}; only 1 is known."
         )
+    return _as_they_are(directory, arrays)
+
+
+def _expects_scaled(directory: Path) -> bool:
+    return _has(directory, CONFIG) and _modern(directory).get("normalize_activations") == "expected_average_only_in"
+
+
+def _read_scaled(directory: Path, hints: Hints, settings: Settings) -> Foreign:
+    """Fold the factor that inputs were multiplied by in training, as SAELens does when it loads such a release."""
+    arrays = tensorfile.load(directory / WEIGHTS, settings.max_sae_bytes)
+    scale = np.float32(hints.norm_scale)
+    arrays = {name: array * scale if name == "W_enc" else array for name, array in arrays.items()}
+    arrays |= {name: _take(arrays, name, rank) / scale for name, rank in (("W_dec", 2), ("b_dec", 1))}
+    foreign = _as_they_are(directory, arrays)
+    return foreign._replace(switches={**foreign.switches, "normalize_activations": "none"})
+
+
+def _as_they_are(directory: Path, arrays: Arrays) -> Foreign:
     arrays |= {name: _take(arrays, name, 2) for name in ("W_enc", "W_dec")}
     config = _modern(directory)
     metadata = cast(_Json, config.pop("metadata"))
@@ -477,6 +499,7 @@ def _read_openai(directory: Path, _hints: Hints, settings: Settings) -> Foreign:
     return Foreign("topk" if topk else "standard", kept, {"hook_name": config.get("hook_name") or placed}, switches)
 
 
+_SCALED = Format("SAELens", "", lambda _: False, _read_scaled)
 FORMATS: tuple[Format, ...] = (
     Format("SAELens training checkpoint", "", _is_training_checkpoint, _read_training_checkpoint),
     Format("SAELens before 4", "", _has_scaling_factor, _read_without_scaling_factor),
