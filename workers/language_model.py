@@ -59,6 +59,7 @@ HOOK_POINTS: dict[str, int] = {
     "hook_attn_out": 2,
     "hook_resid_mid": 3,
     "hook_mlp_in": 3,
+    "mlp.hook_in": 3,
     "hook_mlp_out": 4,
     "hook_resid_post": 5,
 }
@@ -271,6 +272,8 @@ def _place(block: Any, kind: str) -> Place | None:
     if kind == "hook_mlp_in":
         part = "mlp" if getattr(block, "mlp_reads_resid_directly", False) else "ln2"
         return Place(parts[part], "input") if part in parts else None
+    if kind == "mlp.hook_in":  # behind the norm, where transcoders read
+        return Place(parts["mlp"], "input") if "mlp" in parts else None
     if kind == "attn.hook_z":
         return Place(parts["attn.o"], "input") if "attn.o" in parts else None
     alias = block.hook_aliases.get(kind)

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from starlette.testclient import TestClient
 
 from app import hub
 from app.errors import BadFile, NotFound
+from app.main import create_app
+from app.settings import Settings
 from tests.app.test_cli import Shell
 from tests.hub import COMMIT, Hub
 from tests.tiny import D_IN, D_SAE, save_tiny_model, save_tiny_sae
@@ -231,6 +234,9 @@ def test_a_release_is_fetched_takes_neuronpedias_name_and_is_linked(shell: Shell
     shown = shell.says("sae", "show", f"tiny/{place.neuronpedia_id.partition('/')[2]}")
     assert place.neuronpedia_id in shown
     assert "gpt2-small-resid-post-v5-32k blocks.1.hook_resid_post" in shown
+    with TestClient(create_app(Settings(data_dir=shell.data_dir)), base_url="http://127.0.0.1:3000") as client:
+        page = client.get(f"/tiny/{place.neuronpedia_id.partition('/')[2]}")
+    assert f'href="https://www.neuronpedia.org/{place.neuronpedia_id}"' in page.text
 
 
 # Directories -----------------------------------------------------------------------------------------------------
