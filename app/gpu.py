@@ -23,8 +23,12 @@ from app.protocol import (
     EncodeRequest,
     End,
     GenerateRequest,
+    LoadReply,
+    LoadRequest,
     Message,
+    ModelRef,
     SaeActs,
+    SaeRef,
     Start,
     TextActs,
     Token,
@@ -34,6 +38,8 @@ from app.protocol import (
 )
 from app.settings import Settings
 
+MAX_LOADS = 200
+"""Five seconds each: about a quarter of an hour."""
 _BASE = "http://worker"
 _EVENTS = {"start": Start, "token": Token, "end": End}
 _STATUS = TypeAdapter(WorkerStatus)
@@ -47,6 +53,17 @@ class Worker:
         self._path = str(settings.socket_path)
         self._seconds = settings.request_seconds
         self._client: aiohttp.ClientSession | None = None
+
+    async def load(self, request: LoadRequest) -> LoadReply:
+        return LoadReply.model_validate(await self._call("/load", request))
+
+    async def ready(self, model: ModelRef, saes: list[SaeRef]) -> None:
+        """Wait until a model and SAEs are resident: a large one may take longer than a request's deadline."""
+        request = LoadRequest(model=model, saes=saes, seconds=min(5.0, self._seconds / 2))
+        for _ in range(MAX_LOADS):
+            if not (await self.load(request)).loading:
+                return
+        raise Unavailable(f"{model.id} is still being loaded; try again later.", retry_after=30)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         return TokenizeReply.model_construct(**await self._call("/tokenize", request))

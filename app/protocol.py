@@ -1,5 +1,6 @@
 """Everything web and gpu worker say to each other. Torch-free; the worker has no database, so requests carry paths.
 
+    POST /load       LoadRequest      -> LoadReply
     POST /tokenize   TokenizeRequest  -> TokenizeReply
     POST /encode     EncodeRequest    -> EncodeReply
     POST /generate   GenerateRequest  -> NDJSON of Start, Token, End; closing the connection cancels
@@ -56,6 +57,26 @@ class SaeRef(Message):
     id: str
     """`{model}/{source}`, for messages."""
     path: str
+
+
+class LoadRequest(Message):
+    """Make a model and SAEs resident; the answer comes when they are, or after `seconds`."""
+
+    model: ModelRef
+    saes: list[SaeRef]
+    seconds: float = Field(default=0.7, ge=0, le=30)
+
+
+class Loading(Message):
+    id: str
+    bytes: int
+    seconds: float
+    """How long it has been loading."""
+
+
+class LoadReply(Message):
+    loading: list[Loading]
+    """Empty when everything is resident."""
 
 
 class TokenizeRequest(Message):

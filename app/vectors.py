@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ class _Tensor:
 def decoder_row(settings: Settings, sae_hash: str, index: int) -> npt.NDArray[np.float32]:
     """Return W_dec[index], [d_in]. Raises BadFile when the weights are gone or hold no W_dec [d_sae, d_in]."""
     return decoder_rows(settings, sae_hash, [index])[0]
+
+
+def n_weights(settings: Settings, sae_hash: str) -> int:
+    """Return how many numbers an SAE's weights are, from the header alone; 0 when they are gone."""
+    path = settings.sae_dir(sae_hash) / "sae_weights.safetensors"
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(min(length, _MAX_HEADER)))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def decoder_rows(settings: Settings, sae_hash: str, indices: list[int]) -> npt.NDArray[np.float32]:

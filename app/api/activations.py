@@ -198,6 +198,7 @@ async def _encode(
         )
     model = catalog.model_ref(settings, sources[0].model_id)
     request = EncodeRequest(model=model, texts=texts, queries=queries, prepend_bos=not without)
+    await worker.ready(request.model, [query.sae for query in queries])
     return (await worker.encode(request)).texts
 
 

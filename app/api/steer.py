@@ -107,6 +107,7 @@ async def steer(request: Request, body: Steer, session: Db, settings: Config, wo
     texts = _Texts(catalog.vocabulary_of(settings, body.modelId), body.n_logprobs > 0)
     saved = _record(body, sources)
     sessions: sessionmaker[Session] = request.app.state.sessions
+    await worker.ready(asked.model, [direction.sae for direction in asked.directions])
     events = worker.generate(asked)
     await anext(events)  # the start: whatever can be refused is refused by now, with its own status
     if body.stream:

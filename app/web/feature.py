@@ -20,7 +20,7 @@ from app.errors import AtlasError
 from app.evidence import FeatureEvidence
 from app.gpu import Worker
 from app.present import FeatureView, ShadedToken, Width
-from app.protocol import EncodeRequest, SaeQuery
+from app.protocol import EncodeRequest, Loading, LoadRequest, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
 from app.web.pages import Config, Db, Gpu, partial, query, render
@@ -45,6 +45,8 @@ class Try:
     problem: Problem | None = None
     pending: bool = False
     """The text stands in the address; the page asks for the answer once it is shown."""
+    loading: tuple[Loading, ...] = ()
+    """What the worker loads before it can answer; the box asks again."""
 
     @property
     def answered(self) -> bool:
@@ -245,6 +247,9 @@ async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord
             queries=[SaeQuery(sae=catalog.sae_ref(settings, record.source), top_k=0, latents=[record.feature.index])],
             prepend_bos=record.source.prepend_bos,
         )
+        waiting = (await worker.load(LoadRequest(model=request.model, saes=[request.queries[0].sae]))).loading
+        if waiting:
+            return Try(record.path, text, loading=tuple(waiting))
         reply = (await worker.encode(request)).texts[0]
     except AtlasError as error:
         return Try(record.path, text, problem=of(error))

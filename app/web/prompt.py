@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Query, Request
@@ -17,7 +17,7 @@ from app.api.inputs import check_text
 from app.catalog import FeatureRow, SourceCard
 from app.errors import AtlasError
 from app.gpu import Worker
-from app.protocol import EncodeRequest, ModelCard, SaeActs, SaeQuery, TextActs
+from app.protocol import EncodeRequest, Loading, LoadRequest, ModelCard, SaeActs, SaeQuery, TextActs
 from app.settings import Settings
 from app.web.pages import Config, Db, Gpu, partial, query, render
 from app.web.problems import Problem, of
@@ -85,6 +85,8 @@ class PromptPage:
     at: str
     reading: Reading | None = None
     problem: Problem | None = None
+    loading: tuple[Loading, ...] = ()
+    """What the worker loads before it can answer; the page asks again."""
     example: str = EXAMPLE
 
     @property
@@ -163,6 +165,9 @@ async def _read(page: PromptPage, session: Session, settings: Settings, worker: 
         check_text(settings, page.text)
         model = catalog.model_ref(settings, page.card.id)
         asked = EncodeRequest(model=model, texts=[page.text], queries=[wanted], prepend_bos=page.source.prepend_bos)
+        waiting = (await worker.load(LoadRequest(model=model, saes=[wanted.sae]))).loading
+        if waiting:
+            return replace(page, loading=tuple(waiting))
         reply = await worker.encode(asked)
     except AtlasError as error:
         return _with(page, problem=of(error))

@@ -9,15 +9,17 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, field_validator
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
 from app import catalog, harvests, validations
 from app.catalog import Filter, HarvestCard, Kind, SourceCard, Table
+from app.placement import placement
 from app.present import Chart, amount, density_chart, percent
 from app.protocol import ModelCard
 from app.tables import Job
 from app.validations import Validation
-from app.web.pages import Config, Db, partial, query, render
+from app.web.pages import Config, Db, Gpu, partial, query, render
 
 router = APIRouter()
 
@@ -132,6 +134,13 @@ class FilterQuery(BaseModel):
 def random_in_source(model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]) -> Response:
     found = catalog.source_card(session, model, source)
     return RedirectResponse(f"{found.path}/{catalog.random_feature(session, found, wanted.filter())}", 302)
+
+
+@router.get("/{model}/{source}/memory")
+async def memory(request: Request, model: str, source: str, session: Db, settings: Config, worker: Gpu) -> Response:
+    """The line that says where the SAE's weights are, fetched after the page so that no page waits for the worker."""
+    found = await run_in_threadpool(catalog.source_card, session, model, source)
+    return render(request, "_memory.html", await placement(worker, settings, found))
 
 
 @router.post("/{model}/{source}/remove")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.errors import NotFound, TooLarge, Unavailable
+from app.errors import BadFile, NotFound, TooLarge, Unavailable
 from app.protocol import ModelRef, SaeRef
 from tests.tiny import D_IN, D_SAE, Tiny
 from workers.gpu import residents as residents_module
@@ -159,3 +160,46 @@ def test_a_directory_that_is_gone_is_named(tiny: Tiny, tmp_path: Path) -> None:
                 pass
 
     run(test)
+
+
+def test_loading_may_be_begun_and_looked_at_without_waiting(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = threading.Event()
+    slow = Residents._load_model
+
+    def waits(self: Residents, path: Path) -> Any:
+        begin.wait(20)
+        return slow(self, path)
+
+    monkeypatch.setattr(Residents, "_load_model", waits)
+
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        first = await residents.load(tiny.model, [tiny.topk], 0.05)
+        assert [(item.id, item.bytes > 0) for item in first] == [("tiny", True), ("tiny/1-topk", True)]
+        again = await residents.load(tiny.model, [tiny.topk], 0.05)
+        assert again[0].seconds >= first[0].seconds
+        begin.set()
+        assert await residents.load(tiny.model, [tiny.topk], 20) == []
+        assert ids(residents) == ["tiny", "tiny/1-topk"]
+
+    run(test)
+
+
+def test_a_loading_that_failed_unseen_is_told_once_to_who_asks_next(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "cfg.json").write_text('{"architecture": "magic"}')
+    bad = SaeRef(id="tiny/bad", path=str(tmp_path / "bad"))
+
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        assert [item.id for item in await residents.load(tiny.model, [bad], 0)] == ["tiny", "tiny/bad"]
+        await asyncio.sleep(0.1)  # nobody waits for it
+        with pytest.raises(BadFile, match="'magic' is not known"):
+            await until_loaded(residents, tiny.model, bad)
+
+    run(test)
+
+
+async def until_loaded(residents: Residents, model: ModelRef, sae: SaeRef) -> None:
+    while await residents.load(model, [sae], 0.05):
+        pass

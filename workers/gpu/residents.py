@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from safetensors import safe_open
 
 from app import log
 from app.errors import NotFound, TooLarge, Unavailable
-from app.protocol import ModelRef, Resident, SaeRef
+from app.protocol import Loading, ModelRef, Resident, SaeRef
 from workers.checkpoints import load_sae
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
@@ -40,6 +41,7 @@ class _Entry:
     """An estimate from the file until it is loaded."""
     ready: asyncio.Future[Any]
     users: int = 0
+    began: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Residents:
         self.budget_bytes = budget_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """By path, least recently used first."""
+        self._failed: dict[str, BaseException] = {}
+        """Why something could not be loaded while nobody waited for it; the next who asks is told."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     @property
@@ -80,6 +84,26 @@ class Residents:
             language = stack.enter_context(self._use(model.path, "model", model.id))
             coders = {sae.path: stack.enter_context(self._use(sae.path, "sae", sae.id)) for sae in saes}
             yield Held(await language, {path: await coder for path, coder in coders.items()})
+
+    async def load(self, model: ModelRef, saes: list[SaeRef], seconds: float) -> Sequence[Loading]:
+        """Begin to load what is not resident and return what is still being loaded after some seconds.
+
+        Raises as `hold` does, and what a loading begun here before has failed with.
+        """
+        for path in (model.path, *(sae.path for sae in saes)):
+            if path in self._failed:
+                raise self._failed.pop(path)
+        with ExitStack() as stack:
+            stack.enter_context(self._use(model.path, "model", model.id))
+            for sae in saes:
+                stack.enter_context(self._use(sae.path, "sae", sae.id))
+            entries = [self._entries[ref.path] for ref in (model, *saes)]
+            done, _ = await asyncio.wait({entry.ready for entry in entries}, timeout=seconds)
+        for ready in done:
+            ready.result()
+        now = time.monotonic()
+        waiting = [entry for entry in entries if not entry.ready.done()]
+        return [Loading(id=e.id, bytes=e.nbytes, seconds=round(now - e.began, 1)) for e in waiting]
 
     def close(self) -> None:
         self._loader.shutdown(wait=False, cancel_futures=True)
@@ -135,6 +159,8 @@ class Residents:
         entry = self._entries[path]
         if entry.ready.cancelled() or entry.ready.exception() is not None:
             del self._entries[path]
+            if not entry.users and not entry.ready.cancelled():
+                self._failed[path] = entry.ready.exception() or RuntimeError("loading failed")
             return
         entry.nbytes = entry.ready.result().nbytes
         logger.info("loaded", id=entry.id, bytes=entry.nbytes)

@@ -28,6 +28,8 @@ from app.protocol import (
     EncodeRequest,
     End,
     GenerateRequest,
+    LoadReply,
+    LoadRequest,
     SaeRef,
     Start,
     TokenizeRequest,
@@ -74,6 +76,7 @@ def create_app(settings: Settings) -> Starlette:
         residents.close()
 
     routes = [
+        Route("/load", _answering(worker, load), methods=["POST"]),
         Route("/tokenize", _answering(worker, tokenize), methods=["POST"]),
         Route("/encode", _answering(worker, encode), methods=["POST"]),
         Route("/generate", _answering(worker, generate), methods=["POST"]),
@@ -94,6 +97,13 @@ def choose_dtype(settings: Settings, device: str) -> torch.dtype:
     if settings.dtype == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return getattr(torch, settings.dtype)
+
+
+async def load(worker: Worker, request: Request) -> Response:
+    """Not counted in the queue: it waits for the loader, never for the device."""
+    asked = await _body(request, LoadRequest)
+    loading = await worker.residents.load(asked.model, asked.saes, asked.seconds)
+    return _json(LoadReply(loading=list(loading)).model_dump())
 
 
 async def tokenize(worker: Worker, request: Request) -> Response:
