@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from app.errors import BadFile
-from app.formats import Hints, in_saelens_format
+from app.formats import FORMATS, Hints, in_saelens_format
 from app.settings import Settings
-from app.weights import SaeFacts, check_sae, store_sae
+from app.weights import PARAMETERS, SaeFacts, check_sae, store_sae
 from workers.checkpoints import load_sae
 
 D_IN, D_SAE, K, BATCH = 6, 11, 3, 5
@@ -513,6 +514,22 @@ def test_openai_weights_are_normalised_like_a_layer_norm(tmp_path: Path, setting
     mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     acts = choose(((x - mean) / (std + 1e-5) - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"])
     same(directory, x, acts, (acts @ state["decoder.weight"].T + state["pre_bias"]) * std + mean)
+
+
+# README ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_test_that_the_readme_names_exists_and_every_format_is_in_it() -> None:
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", readme)
+    assert len(named) > 12
+    for file, test in named:
+        path = next(root.glob(f"tests/*/{file}"))
+        assert f"def {test}(" in path.read_text(), test
+    for known in FORMATS:
+        assert all(f"`{name}`" in readme for name in known.files.split(", ") if "." in name and " " not in name)
+    assert all(f"`{architecture}`" in readme for architecture in PARAMETERS)
 
 
 # All -------------------------------------------------------------------------------------------------------------
