@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -18,9 +19,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy.orm import Session
 
-from app import bundles, catalog, corpora, db, doctor, formats, harvests, hub, jobs, log, models, supervisor, weights
+from app import (
+    bundles,
+    catalog,
+    corpora,
+    db,
+    doctor,
+    formats,
+    harvests,
+    hub,
+    jobs,
+    log,
+    models,
+    supervisor,
+    validations,
+    weights,
+)
 from app.demo import prepare
 from app.errors import AtlasError, BadFile, BadInput, NotFound
+from app.gpu import Worker
+from app.placement import placement
 from app.protocol import ModelCard
 from app.settings import Settings
 from app.specs import HarvestSpec, TrainSpec
@@ -203,6 +221,8 @@ def add_sae(
     ] = "",
     layer: Annotated[int | None, typer.Option(help="Layer expected; refused when the SAE names another.")] = None,
     hook: Annotated[str, typer.Option(help="Where it reads, for files that do not say.")] = "",
+    check: Annotated[bool, typer.Option(help="Queue a check on 10,000 tokens of real text.")] = True,
+    watch: Annotated[bool, typer.Option(help="Show that check's progress until it ends.")] = False,
 ) -> None:
     """Check an SAE and put it into the catalog."""
     settings = Settings()
@@ -226,10 +246,13 @@ def add_sae(
                     session, settings, facts, model_id=model, set_name=set_name, metrics={}, origin=origin
                 )
                 name, d_sae = source.name, source.d_sae
+                job = validations.queue(session, settings, model, name) if check else None
     _out.print(f"Source {model}/{name}: {facts.architecture}, {d_sae:,} latents at {facts.hook_name}.")
     if wanted and wanted.note:
         _out.print(f"[yellow]Note:[/] {escape(wanted.note)}", soft_wrap=True)
     _out.print(f"Gather its evidence with `sae-atlas harvest {model}/{name} --corpus NAME`.")
+    if job is not None:
+        _queued(job.id, job.title, watch)
 
 
 def _place(
@@ -301,11 +324,39 @@ def list_saes() -> None:
     _out.print(table)
 
 
+@_groups["sae"].command("remove")
+def remove_sae(source: ModelSource, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Delete an SAE with its evidence; its weights too, unless another source uses them."""
+    settings = Settings()
+    model_id, name = _model_source(source)
+    with _session(settings) as session:
+        found = catalog.source_card(session, model_id, name)
+        shared = harvests.shared_with(session, model_id, name)
+    weights_too = f"its weights stay, {', '.join(shared)} use them" if shared else "its weights are deleted too"
+    _out.print(f"{source}: {found.d_sae:,} features with their evidence and explanations; {weights_too}.")
+    if not yes and not typer.confirm("Delete it?"):
+        raise typer.Exit(1)
+    with _session(settings) as session:
+        left = harvests.remove_source(session, settings, model_id, name)
+    harvests.delete_weights(left)
+    _out.print(f"Removed {source}.")
+
+
+async def _placement(settings: Settings, card: catalog.SourceCard) -> str:
+    worker = Worker(settings)
+    try:
+        return (await placement(worker, settings, card)).sentence
+    finally:
+        await worker.close()
+
+
 @_groups["sae"].command("show")
 def show_sae(source: ModelSource) -> None:
-    """Show one SAE: what it is, how good it is, where it comes from."""
-    with _session(Settings()) as session:
+    """Show one SAE: what it is, how good it is, where it comes from, where it is loaded."""
+    settings = Settings()
+    with _session(settings) as session:
         _, card, harvest = catalog.source_page(session, *_model_source(source))
+    checked = validations.found(card.metrics)
     table = Table("", "", box=None, show_header=False)
     facts: dict[str, Any] = {
         "source": card.path[1:],
@@ -313,8 +364,10 @@ def show_sae(source: ModelSource) -> None:
         "hook": card.hook_name,
         "d_in, d_sae": f"{card.d_in}, {card.d_sae}",
         "weights": card.sae_hash,
+        "size": asyncio.run(_placement(settings, card)),
         "evidence": f"{harvest.n_tokens:,} tokens of {harvest.corpus}" if harvest else "none yet",
-        **{f"metrics.{key}": value for key, value in card.metrics.items()},
+        "check": f"{checked.heading}. {' '.join(checked.findings)}" if checked else "not done",
+        **{f"metrics.{key}": value for key, value in card.metrics.items() if key != "validation"},
         **{f"origin.{key}": value for key, value in card.origin.items()},
     }
     for key, value in facts.items():

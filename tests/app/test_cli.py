@@ -45,7 +45,9 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     save_tiny_sae(given / "sae", "topk", seed=1)
     (given / "texts.txt").write_text(f"{TEXT}\n\n" * 50)
     assert "Model tiny: LlamaForCausalLM, 3 layers" in shell.says("model", "add", str(given / "hf"), "--id", "tiny")
-    added = shell.says("sae", "add", str(given / "sae"), "--model", "tiny", "--set", "own", "--layer", "1")
+    added = shell.says(
+        "sae", "add", str(given / "sae"), "--model", "tiny", "--set", "own", "--layer", "1", "--no-check"
+    )
     assert "Source tiny/1-own: topk, 40 latents at blocks.1.hook_resid_post." in added
     assert "Corpus texts: " in shell.says("corpus", "add", str(given / "texts.txt"), "--about", "made up")
     return shell
@@ -67,7 +69,7 @@ def test_what_was_added_is_listed_and_shown(shell: Shell) -> None:
 
 def test_adding_the_same_sae_again_is_no_error_and_stores_nothing_twice(shell: Shell, tmp_path: Path) -> None:
     save_tiny_sae(tmp_path / "sae", "topk", seed=1)
-    shell.says("sae", "add", str(tmp_path / "sae"), "--model", "tiny", "--set", "own")
+    shell.says("sae", "add", str(tmp_path / "sae"), "--model", "tiny", "--set", "own", "--no-check")
     assert len(list((shell.data_dir / "saes").iterdir())) == 1
 
 
@@ -194,3 +196,22 @@ def test_help_lists_every_command(fresh: Shell) -> None:
         "doctor",
     ):
         assert f" {command} " in listed
+
+
+def test_a_new_sae_is_checked_and_removing_it_asks_and_keeps_shared_weights(shell: Shell, tmp_path: Path) -> None:
+    save_tiny_sae(tmp_path / "sae", "standard", seed=9)
+    for name in ("one", "two"):
+        added = shell.says("sae", "add", str(tmp_path / "sae"), "--model", "tiny", "--set", name)
+        assert "queued: Check tiny/1-" in added
+    weights = set((shell.data_dir / "saes").iterdir())
+    shown = shell.says("sae", "show", "tiny/1-one")
+    assert "0.0 MiB in memory; the gpu worker does not answer" in shown
+    unanswered = shell.run("sae", "remove", "tiny/1-one")
+    assert unanswered.returncode == 1
+    assert "its weights stay, tiny/1-two use them" in unanswered.stdout
+    assert "1-one" in shell.says("sae", "list")
+    assert "Removed tiny/1-one." in shell.says("sae", "remove", "tiny/1-one", "--yes")
+    assert set((shell.data_dir / "saes").iterdir()) == weights
+    assert "its weights are deleted too" in shell.says("sae", "remove", "tiny/1-two", "--yes")
+    assert len(set((shell.data_dir / "saes").iterdir())) == len(weights) - 1
+    assert "has no SAE called '1-one'" in shell.refuses("sae", "remove", "tiny/1-one", "--yes")
