@@ -195,7 +195,10 @@ def _add(session: Session, settings: Settings, directory: Path, fields: dict[str
     card = catalog.model_entry(session, fields.get("model", "")).card
     if not any(directory.iterdir()):
         raise BadFile(f"No SAE was sent; choose its {weights.CONFIG} and {weights.WEIGHTS}, or the folder of both.")
-    facts = weights.check_sae(directory, card.d_model, settings)
+    try:
+        facts = weights.check_sae(directory, card.d_model, settings)
+    except BadFile as error:  # the scratch directory means nothing to anybody
+        raise BadFile(error.message.replace(f"{directory}/", "").replace(str(directory), "The upload")) from error
     if facts.layer >= card.n_layers:
         raise BadFile(f"The SAE reads {facts.hook_name}; {card.id} has layers 0 to {card.n_layers - 1}.")
     name = f"{facts.layer}-{set_name}"
