@@ -1,0 +1,35 @@
+"""An SAE added and removed in a real browser, on a catalog of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from playwright.sync_api import Browser, expect
+
+from app.settings import Settings
+from tests.app.test_upload import sae, serving
+from tests.conftest import Catalog
+
+
+def test_an_sae_is_added_by_its_folder_and_removed(
+    browser: Browser, filled: Catalog, settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "up").mkdir()
+    for name, content in sae().items():
+        (tmp_path / "up" / name).write_bytes(content)
+    with serving(settings) as url:
+        page = browser.new_page()
+        page.goto(f"{url}/upload")
+        page.set_input_files("#upload-files", [tmp_path / "up" / "cfg.json"])
+        page.get_by_role("button", name="Add it").click()
+        expect(page.get_by_role("alert")).to_contain_text("holds no sae_weights.safetensors")
+        page.set_input_files("#upload-folder", tmp_path / "up")
+        page.get_by_role("button", name="Add it").click()
+        page.wait_for_url("**/tiny/1-sae")
+        expect(page.locator("#check")).to_contain_text("being checked on real text")
+        expect(page.locator("#memory")).to_contain_text("MiB in memory")
+        page.get_by_text("Remove this SAE").click()
+        page.get_by_role("button", name="Remove 1-sae for good").click()
+        page.wait_for_url("**/tiny")
+        expect(page.get_by_role("link", name="1-sae", exact=True)).to_have_count(0)
+        page.close()
