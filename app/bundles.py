@@ -4,7 +4,7 @@
     sae/cfg.json, sae/sae_weights.safetensors
     model/card.json, model/vocabulary.json.zst     the model's description; its weights are not part of a bundle
     corpus/stream.bin.zst, corpus/documents.json.zst   token stream of the corpus (app.corpora)
-    evidence/features.jsonl.zst      {"index", "label", "top_token", "top_logit", "blob" (base64)} a feature
+    evidence/features.jsonl.zst      {"index", "label" (the automatic one), "top_token", "top_logit", "blob" (base64)}
     evidence/explanations.jsonl.zst  explanations by people and models
 
 Nothing is taken from a bundle but these files, and each only when its hash is the manifest's.
@@ -119,7 +119,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
         report(0.2 * number / len(FILES), f"Checking {file}")
         _check_file(path, file, manifest)
     facts = weights.check_sae(path / "sae", manifest.model.d_model, settings)
-    _refuse_conflict(session, manifest, facts)
+    harvests.refuse_other(session, manifest.model.id, facts, manifest.set_name)
     _ensure_model(session, settings, path, manifest)
     corpus = _ensure_corpus(session, settings, path, manifest)
     report(0.4, "Reading the evidence")
@@ -176,15 +176,19 @@ def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus
 
 
 def _feature_lines(session: Session, source: Source, harvest: Harvest, report: Report) -> Iterator[bytes]:
+    automatic = select(Explanation.index, Explanation.text).where(
+        Explanation.source_id == source.id, Explanation.method == harvests.HEURISTIC
+    )
+    labels = {index: text for index, text in session.execute(automatic)}  # noqa: C416 - rows are no mapping
     query = (
-        select(Feature.index, Feature.label, Feature.top_token, Feature.top_logit, Evidence.blob)
+        select(Feature.index, Feature.top_token, Feature.top_logit, Evidence.blob)
         .join(Evidence, (Evidence.index == Feature.index) & (Evidence.harvest_id == harvest.id))
         .where(Feature.source_id == source.id)
         .order_by(Feature.index)
     )
-    for index, label, top_token, top_logit, blob in session.execute(query.execution_options(yield_per=500)):
+    for index, top_token, top_logit, blob in session.execute(query.execution_options(yield_per=500)):
         report(0.2 + 0.8 * index / source.d_sae, f"Packing feature {index:,} of {source.d_sae:,}")
-        line = {"index": index, "label": label, "top_token": top_token, "top_logit": top_logit}
+        line = {"index": index, "label": labels.get(index, ""), "top_token": top_token, "top_logit": top_logit}
         line["blob"] = base64.b64encode(blob).decode()
         yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
@@ -220,16 +224,6 @@ def _check_file(path: Path, file: str, manifest: Manifest) -> None:
     expected, found = manifest.files.get(file, "nothing"), _sha256(path / file)
     if expected != found:
         raise BadFile(f"{file} was changed: its sha256 is {found[:16]}…, the manifest says {expected[:16]}….")
-
-
-def _refuse_conflict(session: Session, manifest: Manifest, facts: weights.SaeFacts) -> None:
-    name = f"{facts.layer}-{manifest.set_name}"
-    there = session.scalar(select(Source).where(Source.model_id == manifest.model.id, Source.name == name))
-    if there is not None and there.sae_hash != facts.hash:
-        raise Conflict(
-            f"{manifest.model.id}/{name} is another SAE here ({there.sae_hash}, the bundle's is {facts.hash}). "
-            "Rename one of the two."
-        )
 
 
 def _ensure_model(session: Session, settings: Settings, path: Path, manifest: Manifest) -> None:
@@ -279,10 +273,10 @@ def _features(path: Path, manifest: Manifest, report: Report) -> Iterator[Featur
 
 
 def _import_explanations(session: Session, source: Source, path: Path) -> None:
-    query = select(Explanation.index, Explanation.text, Explanation.author)
+    query = select(Explanation.index, Explanation.text, Explanation.author, Explanation.method)
     known = {tuple(row) for row in session.execute(query.where(Explanation.source_id == source.id))}
     for row in _json_lines(path / "evidence/explanations.jsonl.zst"):
-        if (row["index"], row["text"], row["author"]) not in known:
+        if (row["index"], row["text"], row["author"], row["method"]) not in known:
             created_at = datetime.fromisoformat(row.pop("created_at"))
             session.add(Explanation(source_id=source.id, created_at=created_at, **row))
             feature = session.get(Feature, (source.id, row["index"]))

@@ -13,7 +13,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from app import evidence as blobs
-from app.errors import BadInput, NotFound
+from app.errors import BadInput, Conflict, NotFound
 from app.evidence import FeatureEvidence
 from app.settings import Settings
 from app.tables import Evidence, Explanation, Feature, Harvest, Model, Source
@@ -46,7 +46,10 @@ def catalogue_sae(
     metrics: dict[str, Any],
     origin: dict[str, Any],
 ) -> Source:
-    """Store a checked SAE (app.weights) and catalogue it as `{layer}-{set_name}`; a source of that name is renewed."""
+    """Store a checked SAE (app.weights) and catalogue it as `{layer}-{set_name}`.
+
+    A source of that name is renewed; when its weights change, its evidence and heuristic labels go with the old ones.
+    """
     if session.get(Model, model_id) is None:
         raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
     name = f"{facts.layer}-{set_name}"
@@ -56,12 +59,25 @@ def catalogue_sae(
         first = session.scalar(here) is None
         source = Source(model_id=model_id, name=name, layer=facts.layer, set_name=set_name, is_default=first)
         session.add(source)
+    elif source.sae_hash != facts.hash:
+        _forget_evidence(session, source)
     store_sae(settings, facts.source, facts)
     source.sae_hash, source.architecture, source.hook_name = facts.hash, facts.architecture, facts.hook_name
     source.d_in, source.d_sae = facts.d_in, facts.d_sae
     source.config, source.metrics, source.origin = facts.config, metrics, origin
     session.flush()
     return source
+
+
+def refuse_other(session: Session, model_id: str, facts: SaeFacts, set_name: str) -> None:
+    """Raise Conflict when the source's name holds other weights than these."""
+    name = f"{facts.layer}-{set_name}"
+    there = session.scalar(select(Source).where(Source.model_id == model_id, Source.name == name))
+    if there is not None and there.sae_hash != facts.hash:
+        raise Conflict(
+            f"{model_id}/{name} holds another SAE already ({there.sae_hash}; this one is {facts.hash}). "
+            "Choose another set name, or replace it and lose its evidence."
+        )
 
 
 def check_set_name(text: str) -> str:
@@ -77,12 +93,8 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
     Returns the directory of its weights when no other source uses them: delete it after the commit.
     """
     source = source_named(session, model_id, name)
-    source.harvest_id = None
-    session.flush()
-    harvests = select(Harvest.id).where(Harvest.source_id == source.id)
-    session.execute(delete(Evidence).where(Evidence.harvest_id.in_(harvests)))
-    for table in (Harvest, Explanation, Feature):
-        session.execute(delete(table).where(table.source_id == source.id))
+    _forget_evidence(session, source)
+    session.execute(delete(Explanation).where(Explanation.source_id == source.id))
     sae_hash, layer, was_default = source.sae_hash, source.layer, source.is_default
     session.delete(source)
     session.flush()
@@ -92,6 +104,17 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
             heir.is_default = True
     used = session.scalar(select(Source.id).where(Source.sae_hash == sae_hash).limit(1)) is not None
     return None if used else settings.sae_dir(sae_hash)
+
+
+def _forget_evidence(session: Session, source: Source) -> None:
+    """Delete what was harvested from a source's weights. What people wrote stays."""
+    source.harvest_id = None
+    session.flush()
+    harvests = select(Harvest.id).where(Harvest.source_id == source.id)
+    session.execute(delete(Evidence).where(Evidence.harvest_id.in_(harvests)))
+    for table in (Harvest, Feature):
+        session.execute(delete(table).where(table.source_id == source.id))
+    session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
 
 
 def delete_weights(directory: Path | None) -> None:

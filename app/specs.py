@@ -43,7 +43,10 @@ class TrainSpec(Spec):
 
     model: str = Field(description="Model id in the catalog.")
     corpus: str = Field(description="Corpus in the catalog.")
-    hook_name: str = Field(description="Where activations are read, such as blocks.12.hook_resid_post.")
+    hook_name: str = Field(
+        pattern=r"^blocks\.\d{1,4}\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)$",
+        description="Where activations are read, such as blocks.12.hook_resid_post.",
+    )
     set_name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="The source will be {layer}-{set_name}.")
     architecture: Literal["topk"] = Field("topk", description="The SAE's activation function; TopK with AuxK.")
     d_sae: int = Field(4096, ge=8, le=2**20, description="Latents; typically 4 to 16 times the hook's width.")

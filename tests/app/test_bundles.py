@@ -34,6 +34,8 @@ def bundle(session: Session, settings: Settings, tmp_path: Path) -> Path:
     from app.weights import check_sae
 
     facts = check_sae(directory, D_IN, settings)
+    # The evidence is of these weights from here on; with others it would go.
+    harvests.source_named(session, "tiny", "1-demo").sae_hash = facts.hash
     source = harvests.catalogue_sae(
         session, settings, facts, model_id="tiny", set_name="demo", metrics={"l0": 2.0}, origin={"by": "test"}
     )
@@ -76,6 +78,8 @@ def test_export_and_import_are_an_exact_round_trip(
     assert everything(other) == everything(session)
     assert (source.name, source.metrics, source.origin) == ("1-demo", {"l0": 2.0}, {"by": "test"})
     assert other.get_one(Feature, (source.id, 3)).label == "written by hand"
+    methods = select(Explanation.method, Explanation.text).where(Explanation.index == 3).order_by(Explanation.method)
+    assert [tuple(row) for row in other.execute(methods)] == [("heuristic", "harbours"), ("human", "written by hand")]
     again = bundles.export_bundle(other, elsewhere, "tiny", "1-demo", bundle.parent / "again", quiet)
     first = json.loads((bundle / "manifest.json").read_text())
     assert again.files == first["files"]

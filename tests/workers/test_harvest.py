@@ -12,6 +12,7 @@ import torch
 from sqlalchemy import select
 
 from app import corpora, db, evidence, harvests, weights
+from app.errors import Conflict
 from app.settings import Settings
 from app.specs import HarvestSpec
 from app.tables import Evidence, Feature, Job, Model, Source
@@ -148,7 +149,7 @@ def test_correlations_equal_numpy_over_all_tokens(job: JobContext) -> None:
 def test_shards_and_batches_change_nothing(job: JobContext, monkeypatch: pytest.MonkeyPatch) -> None:
     run(job)
     expected = stored(job)
-    job.directory.mkdir()
+    (job.directory / "result.json").unlink()
     monkeypatch.setattr(harvest, "CONTEXTS_PER_SHARD", 37)
     monkeypatch.setattr(harvest, "LATENTS_PER_STEP", 7)
     monkeypatch.setattr(harvest, "LATENTS_PER_CHUNK", 3)
@@ -174,15 +175,32 @@ def test_the_catalog_shows_the_features_and_the_job_tidies_up(job: JobContext) -
     assert source.harvest_id is not None
     assert [f.index for f in features] == list(range(40))
     assert any(f.label.startswith("fires") for f in features)
-    assert not job.directory.exists()
+    assert [path.name for path in job.directory.iterdir()] == ["result.json"]
+    assert harvest.Harvest().finish(job) == result
 
 
 def test_a_second_harvest_of_the_corpus_replaces_the_first(job: JobContext) -> None:
     run(job)
     first = stored(job)
-    job.directory.mkdir()
+    (job.directory / "result.json").unlink()
     run(job)
     assert stored(job) == first
+
+
+def test_an_sae_replaced_during_its_harvest_stops_it_and_loses_the_old_evidence(job: JobContext, tiny: Tiny) -> None:
+    run(job)
+    assert stored(job)
+    (job.directory / "result.json").unlink()
+    kind = harvest.Harvest()
+    steps = kind.plan(job)
+    other = weights.check_sae(Path(tiny.standard.path), None, job.settings)
+    with job.sessions.begin() as session:
+        with pytest.raises(Conflict, match="another SAE"):
+            harvests.refuse_other(session, "tiny", other, "x")
+        harvests.catalogue_sae(session, job.settings, other, model_id="tiny", set_name="x", metrics={}, origin={})
+    assert not stored(job)
+    with pytest.raises(Conflict, match="replaced"):
+        kind.run(job, steps[0])
 
 
 def test_shards_merge_into_one_order(tmp_path: Path) -> None:
@@ -198,14 +216,18 @@ def test_shards_merge_into_one_order(tmp_path: Path) -> None:
 
 def test_correlation_of_a_thinned_corpus_stays_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    tokens = np.arange(20_000)
-    a = rng.random(20_000).astype(np.float32)
-    both = np.concatenate([a, a + 0.3 * rng.random(20_000).astype(np.float32)])
-    write(tmp_path / "s", np.repeat([0, 1], 20_000), np.tile(tokens, 2), both, 3)
-    monkeypatch.setattr(assemble, "_MAX_CORRELATED_RECORDS", 10_000)
-    found = assemble.Correlation.of(Spill([tmp_path / "s"], 3), 3, 20_000, 20_000).strongest(0, 1)
-    assert found[0][0, 0] == 1
-    assert found[1][0, 0] == pytest.approx(np.corrcoef(a, both[20_000:])[0, 1], abs=0.02)
+    context, n_contexts = 11, 2_000
+    tokens = np.array([t for t in range(context * n_contexts) if t % context])
+    a = rng.random(len(tokens)).astype(np.float32)
+    b = a + 0.3 * rng.random(len(tokens)).astype(np.float32)
+    write(tmp_path / "s", np.repeat([0, 1], len(tokens)), np.tile(tokens, 2), np.concatenate([a, b]), 3)
+    spill = Spill([tmp_path / "s"], 3)
+    expected = np.corrcoef(a, b)[0, 1]
+    for limit, error in ((10**9, 1e-4), (10_000, 0.02)):
+        monkeypatch.setattr(assemble, "_MAX_CORRELATED_RECORDS", limit)
+        found = assemble.Correlation.of(spill, 3, n_contexts, context).strongest(0, 1)
+        assert found[0][0, 0] == 1
+        assert found[1][0, 0] == pytest.approx(expected, abs=error)
 
 
 @pytest.mark.parametrize(

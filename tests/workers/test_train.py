@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from sae_lens import SAE
 from safetensors.torch import load_file
 from sqlalchemy import select
@@ -209,6 +210,12 @@ def test_a_loss_that_is_no_number_stops_the_job_with_the_step_and_the_cause(sett
     state = train.TrainingState.fresh(spec, torch.zeros(24))
     with pytest.raises(train.Diverged, match=r"at step 0.*lr"):
         train._train_step(state, spec, torch.full((8, 24), float("nan")), 10)
+
+
+@pytest.mark.parametrize("hook_name", ["garbage", "blocks.1.hook_nonsense", "blocks.x.hook_resid_post"])
+def test_a_hook_that_is_none_is_refused_by_the_spec(hook_name: str) -> None:
+    with pytest.raises(ValidationError, match="hook_name"):
+        TrainSpec(**(SPEC | {"hook_name": hook_name}))
 
 
 def test_a_cache_over_the_budget_is_refused_with_both_numbers(settings: Settings) -> None:

@@ -62,6 +62,7 @@ def nearest_rows(W_dec: Float[Tensor, "d_sae d_in"], start: int, end: int, n: in
     """Return the n other decoder rows with the largest cosine to rows start..end."""
     unit = torch.nn.functional.normalize(W_dec, dim=-1)
     cosines = unit[start:end] @ unit.T
-    cosines[torch.arange(end - start), torch.arange(start, end)] = -2.0
+    own = torch.arange(end - start, device=W_dec.device)
+    cosines[own, own + start] = -2.0
     found = cosines.topk(min(n, len(W_dec) - 1), dim=-1)
     return Nearest(found.indices, found.values)

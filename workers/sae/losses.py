@@ -58,7 +58,7 @@ def topk_loss(
     fvu = error.square().sum() / (x - x.mean(dim=0)).square().sum()
     n_dead = int(dead.sum())
     if n_dead == 0 or aux_k == 0:
-        return TopKLoss(fvu, fvu.detach(), torch.zeros(()), active)
+        return TopKLoss(fvu, fvu.detach(), fvu.new_zeros(()), active)
     aux = _aux_loss(error.detach(), pre_acts, parameters.W_dec, dead, min(aux_k, n_dead))
     return TopKLoss(fvu + aux_coefficient * aux, fvu.detach(), aux.detach(), active)
 

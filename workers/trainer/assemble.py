@@ -12,12 +12,13 @@ import scipy.sparse
 
 from app.corpora import Stream
 from app.evidence import N_INTERVALS, Example, Interval
-from workers.trainer.spill import Records, Spill
+from workers.trainer.spill import Spill
 
 N_BINS = 50
 _DUPLICATE_REACH = 8
 """Two examples are duplicates when this many tokens on both sides of their peaks are the same."""
-_MAX_CORRELATED_RECORDS = 40_000_000
+_MAX_CORRELATED_RECORDS = 50_000_000
+_LATENTS_PER_READ = 512
 
 
 @dataclass(frozen=True)
@@ -132,20 +133,21 @@ class Correlation:
     deviations: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, spill: Spill, d_sae: int, n_tokens: int, span: int) -> Correlation:
-        """Build from all records, or from every m-th token when there are more than memory holds.
+    def of(cls, spill: Spill, d_sae: int, n_contexts: int, context_size: int) -> Correlation:
+        """Build from all contexts, or from a random share of them when there are more records than memory holds.
 
-        span is the largest token number plus one; n_tokens counts those whose activations were read.
+        Every position of a context but the first was read. Records are thinned while they are read, so that memory is
+        bounded by _MAX_CORRELATED_RECORDS whatever the corpus.
         """
-        records = spill.records(0, d_sae)
-        every = max(1, -(-len(records.tokens) // _MAX_CORRELATED_RECORDS))
-        by_latent = _thinned(records, d_sae, span, every)
-        n_used = n_tokens / every
+        every = max(1, -(-int(spill.counts.sum()) // _MAX_CORRELATED_RECORDS))
+        kept = np.random.default_rng(0).random(n_contexts) < 1 / every
+        n_used = int(kept.sum()) * (context_size - 1)
+        by_latent = _thinned(spill, d_sae, kept, context_size)
         sums = np.asarray(by_latent.sum(axis=0)).ravel().astype(np.float64)
         squares = np.asarray(by_latent.multiply(by_latent).sum(axis=0)).ravel().astype(np.float64)
         means = sums / n_used
         deviations = np.sqrt(np.maximum(squares / n_used - means**2, 0.0))
-        return cls(by_latent.tocsr(), by_latent, int(n_used), means, deviations)
+        return cls(by_latent.tocsr(), by_latent, n_used, means, deviations)
 
     def strongest(self, start: int, end: int, n: int = 10) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """The n latents that correlate most with each of latents start..end, [end - start, n] twice."""
@@ -158,9 +160,17 @@ class Correlation:
         return indices, np.take_along_axis(pearson, indices, axis=1)
 
 
-def _thinned(records: Records, d_sae: int, span: int, every: int) -> scipy.sparse.csc_array:
-    if every == 1:
-        return scipy.sparse.csc_array((records.values, records.tokens, records.starts), shape=(span, d_sae))
-    latents = np.repeat(np.arange(d_sae), np.diff(records.starts))
-    kept = records.tokens % every == 0
-    return scipy.sparse.csc_array((records.values[kept], (records.tokens[kept], latents[kept])), shape=(span, d_sae))
+def _thinned(spill: Spill, d_sae: int, kept: npt.NDArray[np.bool_], context_size: int) -> scipy.sparse.csc_array:
+    """The records of the kept contexts, [tokens, d_sae]."""
+    tokens: list[npt.NDArray[np.int64]] = []
+    values: list[npt.NDArray[np.float32]] = []
+    counts: list[npt.NDArray[np.int64]] = []
+    for start in range(0, d_sae, _LATENTS_PER_READ):
+        part = spill.records(start, min(start + _LATENTS_PER_READ, d_sae))
+        mask = kept[part.tokens // context_size]
+        tokens.append(part.tokens[mask])
+        values.append(part.values[mask])
+        counts.append(np.diff(np.concatenate([[0], np.cumsum(mask)])[part.starts]))
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+    shape = (len(kept) * context_size, d_sae)
+    return scipy.sparse.csc_array((np.concatenate(values), np.concatenate(tokens), starts), shape=shape)

@@ -1,14 +1,14 @@
 """The job that computes evidence: one pass of the model over a corpus, every feature of an SAE.
 
 The corpus is cut into shards, each a durable step that spills the SAE's sparse activations; the last steps assemble
-evidence from all of them, some latents at a time, so memory does not grow with the corpus.
+evidence from all of them, some latents at a time: memory does not grow with the corpus beyond the records of one chunk
+of latents and a bounded sample for correlations; disk does, by 8 bytes for each activation.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch import nn
 
 from app import corpora, harvests
 from app.corpora import Stream
+from app.errors import Conflict
 from app.evidence import Example, FeatureEvidence, pack, unpack
 from app.harvests import FeatureRecord
 from app.specs import HarvestSpec
@@ -34,10 +35,13 @@ from workers.sae.coders import Coder
 from workers.sae.logits import LogitEffects, Nearest, fold_final_norm, logit_effects, nearest_rows
 from workers.trainer import assemble, explain, loaded, spill
 from workers.trainer.kinds import JobContext, JobKind
+from workers.trainer.loaded import RESULT
 
 CONTEXTS_PER_SHARD = 512
 LATENTS_PER_STEP = 1_024
 LATENTS_PER_CHUNK = 256
+SAE_HASH = "sae_hash"
+"""File of a job that names the SAE it was planned for."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Reading:
     stream: Stream
     vocabulary: Vocabulary
     corpus_id: int
-    source_id: int
+    sae_hash: str
 
     @property
     def bos(self) -> int | None:
@@ -81,7 +85,9 @@ class Harvest(JobKind):
         return f"Harvest {asked.model}/{asked.source} from {asked.corpus}"
 
     def plan(self, context: JobContext) -> list[str]:
+        (context.directory / SAE_HASH).unlink(missing_ok=True)
         reading = reading_of(context)
+        (context.directory / SAE_HASH).write_text(reading.sae_hash)
         n_shards = -(-reading.n_contexts // CONTEXTS_PER_SHARD)
         n_parts = -(-reading.coder.d_sae // LATENTS_PER_STEP)
         return [
@@ -99,6 +105,8 @@ class Harvest(JobKind):
             _assemble_part(context, reading, number - 1)
 
     def finish(self, context: JobContext) -> dict[str, Any]:
+        if (done := context.directory / RESULT).exists():
+            return json.loads(done.read_text())
         reading = reading_of(context)
         records = list(_stored_records(context, reading))
         n_tokens = reading.n_contexts * reading.positions
@@ -117,9 +125,10 @@ class Harvest(JobKind):
                 ),
                 records,
             )
-        shutil.rmtree(context.directory, ignore_errors=True)
         dead = sum(r.evidence.n_active == 0 for r in records)
-        return {"url": f"/{reading.spec.model}/{reading.spec.source}", "n_tokens": n_tokens, "dead_features": dead}
+        result = {"url": f"/{reading.spec.model}/{reading.spec.source}", "n_tokens": n_tokens, "dead_features": dead}
+        loaded.leave_only_result(context, result)
+        return result
 
 
 def reading_of(context: JobContext) -> Reading:
@@ -129,6 +138,9 @@ def reading_of(context: JobContext) -> Reading:
     with context.sessions() as session:
         source = harvests.source_named(session, spec.model, spec.source)
         corpus = corpora.corpus_named(session, spec.corpus)
+    planned = context.directory / SAE_HASH
+    if planned.exists() and planned.read_text() != source.sae_hash:
+        raise Conflict(f"{spec.model}/{spec.source} was replaced by another SAE during its harvest. Start it again.")
     settings = context.settings
     return Reading(
         spec,
@@ -137,7 +149,7 @@ def reading_of(context: JobContext) -> Reading:
         tokenised(model, settings.corpus_dir(corpus.hash), context.report),
         vocabulary(settings.model_dir(spec.model) / "vocabulary.json"),
         corpus.id,
-        source.id,
+        source.sae_hash,
     )
 
 
@@ -217,9 +229,7 @@ def _stored_records(context: JobContext, reading: Reading) -> Iterator[FeatureRe
 def assembled(reading: Reading, records: spill.Spill, start: int, end: int) -> Iterator[FeatureRecord]:
     """Yield the features start..end from the spilled activations and the weights."""
     n_tokens = reading.n_contexts * reading.positions
-    correlation = assemble.Correlation.of(
-        records, reading.coder.d_sae, n_tokens, reading.n_contexts * reading.spec.context_size
-    )
+    correlation = _correlation(records, reading)
     unembedding = folded_unembedding(reading.model)
     for low in range(start, end, LATENTS_PER_CHUNK):
         high = min(low + LATENTS_PER_CHUNK, end)
@@ -234,6 +244,18 @@ def assembled(reading: Reading, records: spill.Spill, start: int, end: int) -> I
             found = assemble.activity(low + place, *chunk.of(place), reading.stream, reading.sampling)
             evidence = _evidence(found, n_tokens, place, effects, nearest, strongest, W_dec[low + place])
             yield _record(low + place, evidence, reading)
+
+
+def _correlation(records: spill.Spill, reading: Reading) -> assemble.Correlation:
+    """The correlations of one spill, kept for the steps that assemble the rest of its latents."""
+    if _correlations.get("key") != records.key:
+        _correlations.clear()
+        made = assemble.Correlation.of(records, reading.coder.d_sae, reading.n_contexts, reading.spec.context_size)
+        _correlations.update(key=records.key, made=made)
+    return _correlations["made"]
+
+
+_correlations: dict[str, Any] = {}
 
 
 def folded_unembedding(model: LanguageModel) -> torch.Tensor:
@@ -262,19 +284,19 @@ def _evidence(
         histogram=found.histogram,
         top=found.top,
         intervals=found.intervals,
-        top_logit_ids=effects.top_ids[place].numpy() if effects else empty,
-        top_logits=effects.top[place].numpy() if effects else empty,
-        bottom_logit_ids=effects.bottom_ids[place].numpy() if effects else empty,
-        bottom_logits=effects.bottom[place].numpy() if effects else empty,
+        top_logit_ids=effects.top_ids[place].cpu().numpy() if effects else empty,
+        top_logits=effects.top[place].cpu().numpy() if effects else empty,
+        bottom_logit_ids=effects.bottom_ids[place].cpu().numpy() if effects else empty,
+        bottom_logits=effects.bottom[place].cpu().numpy() if effects else empty,
         logits_low=float(effects.low[place]) if effects else 0.0,
         logits_high=float(effects.high[place]) if effects else 0.0,
-        logits_histogram=effects.histogram[place].numpy() if effects else empty,
-        neighbours=nearest.indices[place].numpy(),
-        cosines=nearest.cosines[place].numpy(),
+        logits_histogram=effects.histogram[place].cpu().numpy() if effects else empty,
+        neighbours=nearest.indices[place].cpu().numpy(),
+        cosines=nearest.cosines[place].cpu().numpy(),
         correlated=strongest[0][place] if alive else empty,
         pearson=strongest[1][place] if alive else empty,
-        neurons=components.numpy(),
-        neuron_weights=row[components].numpy(),
+        neurons=components.cpu().numpy(),
+        neuron_weights=row[components].cpu().numpy(),
     )
 
 
@@ -307,5 +329,6 @@ def summary(records: list[FeatureRecord], reading: Reading) -> dict[str, Any]:
         "n_dense": int((densities > 0.1).sum()),
         "l0": float(densities.sum()),
         "model_hash": reading.model.card.hash,
+        "sae_hash": reading.sae_hash,
         "seed": reading.spec.seed,
     }

@@ -1,9 +1,13 @@
-"""The language model and SAE a trainer process has in memory: the last ones used, since jobs run one after another."""
+"""What kinds of jobs share: the model and SAE in memory (the last ones used), and tidying up at the end."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,3 +46,18 @@ def coder(context: JobContext, sae_hash: str) -> Coder:
 @lru_cache(maxsize=1)
 def _load_coder(path: Path, where: str) -> Coder:
     return load_sae(path, where)
+
+
+RESULT = "result.json"
+
+
+def leave_only_result(context: JobContext, result: dict[str, Any]) -> None:
+    """Keep a finished job's result and delete its checkpoints; `finish`, run again after a crash, returns it."""
+    scratch = context.directory / f"{RESULT}.new"
+    scratch.write_text(json.dumps(result))
+    os.replace(scratch, context.directory / RESULT)
+    for path in context.directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != RESULT:
+            path.unlink(missing_ok=True)

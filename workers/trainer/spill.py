@@ -51,6 +51,8 @@ class Spill:
     """All shards of a harvest, in the order of their tokens."""
 
     def __init__(self, paths: list[Path], d_sae: int) -> None:
+        self.key = tuple((str(path), path.stat().st_mtime_ns) for path in paths)
+        """Tells this spill from every other."""
         self._shards = [_open(path, d_sae) for path in paths]
 
     def records(self, start: int, end: int) -> Records:

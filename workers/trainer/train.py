@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +54,19 @@ class TrainingState:
     @classmethod
     def fresh(cls, spec: TrainSpec, mean: Tensor) -> TrainingState:
         generator = torch.Generator().manual_seed(spec.seed)
-        tensors = initial_parameters(len(mean), spec.d_sae, mean, generator)
-        return cls._of(0, dict(tensors._asdict()), torch.zeros(spec.d_sae, dtype=torch.long))
+        # Drawn on the CPU, so that a seed means the same weights on every device.
+        drawn = initial_parameters(len(mean), spec.d_sae, mean.cpu(), generator)
+        tensors = {name: tensor.to(mean.device) for name, tensor in drawn._asdict().items()}
+        return cls._of(0, tensors, torch.zeros(spec.d_sae, dtype=torch.long, device=mean.device))
 
     @classmethod
-    def load(cls, path: Path) -> TrainingState:
-        stored = load_file(path)
+    def load(cls, path: Path, device: str = "cpu") -> TrainingState:
+        stored = load_file(path, device=device)
         step = int(stored["step"])
         state = cls._of(step, stored, stored["tokens_since_active"])
         for name, parameter in state.parameters._asdict().items():
             state.optimiser.state[parameter] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=device),
                 "exp_avg": stored[f"exp_avg.{name}"],
                 "exp_avg_sq": stored[f"exp_avg_sq.{name}"],
             }
@@ -136,6 +137,8 @@ class Train(JobKind):
                 _evaluate(context, spec)
 
     def finish(self, context: JobContext) -> dict[str, Any]:
+        if (done := context.directory / loaded.RESULT).exists():
+            return json.loads(done.read_text())
         spec = TrainSpec(**context.spec)
         metrics = json.loads((context.directory / "metrics.json").read_text())
         with context.sessions.begin() as session:
@@ -146,7 +149,11 @@ class Train(JobKind):
                 model_id=spec.model,
                 set_name=spec.set_name,
                 metrics=metrics,
-                origin={"kind": "trained", "job": context.job_id, "spec": spec.model_dump(mode="json")},
+                origin={
+                    "kind": "trained",
+                    "job": context.job_id,
+                    "spec": spec.model_dump(mode="json", exclude={"harvest_tokens"}),
+                },
             )
             if spec.harvest_tokens:
                 harvest = HarvestSpec(
@@ -158,8 +165,9 @@ class Train(JobKind):
                 )
                 _queue_once(session, context, f"Harvest {spec.model}/{source.name}", harvest.model_dump(mode="json"))
             url = f"/{spec.model}/{source.name}"
-        shutil.rmtree(context.directory / "activations", ignore_errors=True)
-        return {"url": url, **metrics}
+        result = {"url": url, **metrics}
+        loaded.leave_only_result(context, result)
+        return result
 
 
 def _queue_once(session: Session, context: JobContext, title: str, spec: dict[str, Any]) -> None:
@@ -215,11 +223,12 @@ def _optimise(context: JobContext, spec: TrainSpec, number: int, total: int) -> 
     norms = norms_of(context.directory / "activations")
     assert norms is not None
     checkpoint = context.directory / "checkpoint.safetensors"
-    mean = torch.tensor(norms.mean) * norms.scale
-    state = TrainingState.load(checkpoint) if checkpoint.exists() else TrainingState.fresh(spec, mean)
+    device = loaded.device(context.settings)
+    mean = torch.tensor(norms.mean, device=device) * norms.scale
+    state = TrainingState.load(checkpoint, device) if checkpoint.exists() else TrainingState.fresh(spec, mean)
     started, first = time.monotonic(), state.step
     while state.step < end:
-        x = data.batch(spec.seed, *divmod(state.step, per_epoch), spec.batch_size) * norms.scale
+        x = data.batch(spec.seed, *divmod(state.step, per_epoch), spec.batch_size).to(device) * norms.scale
         metrics = _train_step(state, spec, x, n_steps)
         if state.step % STEPS_PER_METRIC == 0 or state.step == n_steps:
             context.metric(state.step, metrics)
@@ -240,7 +249,7 @@ def _train_step(state: TrainingState, spec: TrainSpec, x: Tensor, n_steps: int) 
     for group in state.optimiser.param_groups:
         group["lr"] = lr
     dead = state.tokens_since_active >= spec.dead_after_tokens
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         loss = topk_loss(x, state.parameters, spec.k, dead, spec.aux_k, spec.aux_coefficient)
     if not torch.isfinite(loss.total):
         raise Diverged(
@@ -278,7 +287,7 @@ def _evaluate(context: JobContext, spec: TrainSpec) -> None:
     stream = _stream(context, spec, model)
     directory = context.directory / "sae"
     _write_sae(context, spec, model, directory)
-    coder = checkpoints.load_sae(directory)
+    coder = checkpoints.load_sae(directory, str(model.device))
     _, held_out = split(spec, stream, model.card.bos_token_id)
     n_loss_contexts = -(-spec.n_eval_tokens // spec.context_size)
     rows = held_out[: max(n_loss_contexts, 800)]
