@@ -1,4 +1,4 @@
-"""`serve`: starts web, gpu worker and trainer, restarts what dies, and leaves nothing running, however it ends itself.
+"""`serve`: starts web, gpu worker and trainer, restarts what dies or hangs, and leaves nothing running however it ends.
 
 Each child has a process group of its own, so that Ctrl-C reaches the supervisor alone and stopping is orderly. On Linux
 the kernel kills the children when the supervisor dies, kill -9 included.
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -34,6 +35,11 @@ STOP_SECONDS = 8.0
 _CALM_SECONDS = 60.0
 """A child that ran this long starts again without delay."""
 _MAX_DELAY_SECONDS = 30.0
+PROBE_SECONDS = 5.0
+"""How long the gpu worker may take to say its status. Busy, it says it in milliseconds: another thread computes."""
+PROBE_EVERY_SECONDS = 3.0
+MAX_SILENCES = 3
+"""After so many probes in a row without an answer the worker is stuck, and is killed and started again."""
 _PR_SET_PDEATHSIG = 1
 
 _logger = log.get("supervisor")
@@ -49,6 +55,8 @@ class Child:
     started_at: float = 0.0
     start_at: float = 0.0
     deaths: int = 0
+    pulse: Pulse | None = None
+    """Tells whether it is stuck, where that can be asked."""
     log: IO[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -56,12 +64,43 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
 
+class Pulse:
+    """Asks a process over its Unix socket whether it still answers, in a thread: no other child waits for it.
+
+    Silence counts only once the process has answered, since importing torch and starting take their time.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        self._path = socket_path
+        self._answered = False
+        self._silences = 0
+
+    @property
+    def stuck(self) -> bool:
+        return self._silences >= MAX_SILENCES
+
+    def begin(self) -> None:
+        """Forget what a process before this one did."""
+        self._answered, self._silences = False, 0
+
+    def watch(self) -> None:
+        threading.Thread(target=self._watch, name="pulse", daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(PROBE_EVERY_SECONDS)
+            if _says_status(self._path):
+                self._answered, self._silences = True, 0
+            elif self._answered:
+                self._silences += 1
+
+
 def children(settings: Settings) -> list[Child]:
     """The processes of one machine, web first: it answers while the others still import torch."""
     python = sys.executable
     return [
         Child("web", [python, "-m", "app"]),
-        Child("gpu", [python, "-m", "workers.gpu"]),
+        Child("gpu", [python, "-m", "workers.gpu"], pulse=Pulse(settings.socket_path)),
         Child("trainer", [python, "-m", "workers.trainer"]),
     ]
 
@@ -88,7 +127,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 class Supervisor:
-    """Keeps children alive. Single-threaded: the kernel ties a child's life to the thread that started it."""
+    """Keeps children alive. One thread starts them: the kernel ties a child's life to the thread that started it."""
 
     def __init__(self, children: list[Child], environment: dict[str, str], log_dir: Path | None) -> None:
         self.children = children
@@ -98,6 +137,9 @@ class Supervisor:
 
     def run(self, announce: Callable[[], None], settings: Settings) -> int:
         announced = False
+        for child in self.children:
+            if child.pulse is not None:
+                child.pulse.watch()
         try:
             while not self._stopping:
                 for child in self.children:
@@ -116,11 +158,20 @@ class Supervisor:
 
     def _tend(self, child: Child) -> None:
         if child.alive:
+            self._end_if_stuck(child)
             return
         if child.process is not None:
             self._bury(child)
         if time.monotonic() >= child.start_at:
             self._start(child)
+
+    def _end_if_stuck(self, child: Child) -> None:
+        if child.process is None or child.pulse is None or not child.pulse.stuck:
+            return
+        _logger.error("process does not answer; killing it", name=child.name, silences=MAX_SILENCES)
+        # SIGKILL ends a stopped process too; the next round finds it dead and starts it again.
+        _kill_group(child.process, signal.SIGKILL)
+        child.pulse.begin()
 
     def _bury(self, child: Child) -> None:
         assert child.process is not None
@@ -137,6 +188,8 @@ class Supervisor:
             self._log_dir.mkdir(parents=True, exist_ok=True)
             child.log = _opened_log(self._log_dir / f"{child.name}.log")
         child.started_at = time.monotonic()
+        if child.pulse is not None:
+            child.pulse.begin()
         child.process = subprocess.Popen(
             child.command,
             env=self._environment,
@@ -170,6 +223,28 @@ def answers(settings: Settings) -> bool:
         return False
     finally:
         connection.close()
+
+
+def _says_status(path: Path) -> bool:
+    connection = _UnixConnection(path, PROBE_SECONDS)
+    try:
+        connection.request("GET", "/status")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("worker", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
 
 
 def url(settings: Settings) -> str:

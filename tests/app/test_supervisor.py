@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from app.settings import Settings
+from app.supervisor import MAX_SILENCES, PROBE_EVERY_SECONDS, PROBE_SECONDS
+
 ROLES = {"web": "-m\0app\0", "gpu": "workers.gpu", "trainer": "workers.trainer"}
 
 
@@ -102,6 +105,23 @@ def test_a_stopped_child_is_killed_at_the_deadline(served: subprocess.Popen[str]
     served.send_signal(signal.SIGTERM)
     assert served.wait(timeout=20) == 0
     assert command_lines(tmp_path) == {}
+
+
+def test_a_stuck_gpu_worker_is_killed_and_started_again(served: subprocess.Popen[str], tmp_path: Path) -> None:
+    url_printed_by(served)
+    path = Settings(data_dir=tmp_path).socket_path
+    until(path.exists, 60)
+    stuck = pid_of("gpu", tmp_path)
+    others = pid_of("web", tmp_path), pid_of("trainer", tmp_path)
+    assert stuck is not None
+    time.sleep(2 * PROBE_EVERY_SECONDS)
+    os.kill(stuck, signal.SIGSTOP)
+    until(
+        lambda: pid_of("gpu", tmp_path) not in (None, stuck), (MAX_SILENCES + 1) * (PROBE_SECONDS + PROBE_EVERY_SECONDS)
+    )
+    assert (pid_of("web", tmp_path), pid_of("trainer", tmp_path)) == others
+    with pytest.raises(ProcessLookupError):
+        os.kill(stuck, 0)
 
 
 def test_a_second_serve_on_the_same_data_directory_is_refused(served: subprocess.Popen[str], tmp_path: Path) -> None:
