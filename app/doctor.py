@@ -47,6 +47,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     """Yield one finding a check, in the order in which they build on each other."""
     for check in (_python, _packages, _data_dir, _disk, _database, _queue):
         yield _guarded(check, settings)
+    settings = supervisor.served_address(settings)
     serving = supervisor.answers(settings)
     yield _web(settings, serving)
     yield _guarded(lambda s: _worker(s, serving), settings, "gpu worker")

@@ -116,7 +116,7 @@ def serve(settings: Settings, announce: Callable[[Settings, list[Child]], None],
     db.migrate(engine)
     engine.dispose()
     supervisor = Supervisor(children(settings), environment(settings), log_dir)
-    with lock, _signals(supervisor):
+    with lock, _address_written(settings), _signals(supervisor):
         return supervisor.run(lambda: announce(settings, supervisor.children), settings)
 
 
@@ -276,6 +276,35 @@ def check_address(settings: Settings) -> Settings:
         port = probe.getsockname()[1]
     # A copy keeps model_fields_set, from which the children's environment is made.
     return settings.model_copy(update={"port": port})
+
+
+def served_address(settings: Settings) -> Settings:
+    """Return the settings with host and port where this data directory is served now; as given when it is not."""
+    try:
+        with _lock(settings):
+            return settings
+    except Conflict:
+        pass
+    try:
+        host, port = _address_file(settings).read_text().split()
+        return settings.model_copy(update={"host": host, "port": int(port)})
+    except (OSError, ValueError):
+        # Served by a supervisor that has not written it yet.
+        return settings
+
+
+def _address_file(settings: Settings) -> Path:
+    return settings.data_dir / "run" / "address"
+
+
+@contextlib.contextmanager
+def _address_written(settings: Settings) -> Generator[None]:
+    file = _address_file(settings)
+    file.write_text(f"{settings.host} {settings.port}\n")
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _lock(settings: Settings) -> IO[str]:

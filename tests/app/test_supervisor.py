@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
-from app.supervisor import MAX_SILENCES, PROBE_EVERY_SECONDS, PROBE_SECONDS
+from app.supervisor import MAX_SILENCES, PROBE_EVERY_SECONDS, PROBE_SECONDS, served_address
 
 ROLES = {"web": "-m\0app\0", "gpu": "workers.gpu", "trainer": "workers.trainer"}
 
@@ -105,6 +105,19 @@ def test_a_stopped_child_is_killed_at_the_deadline(served: subprocess.Popen[str]
     served.send_signal(signal.SIGTERM)
     assert served.wait(timeout=20) == 0
     assert command_lines(tmp_path) == {}
+
+
+def test_the_doctor_finds_the_web_at_the_port_it_is_served_on(served: subprocess.Popen[str], tmp_path: Path) -> None:
+    address = url_printed_by(served)
+    environment = {**os.environ, "SAE_ATLAS_DATA_DIR": str(tmp_path), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "app.cli", "doctor"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stdout
+    assert f"answers at {address}" in said
+    served.send_signal(signal.SIGINT)
+    served.wait(timeout=15)
+    assert not (tmp_path / "run" / "address").exists()
+    given = Settings(data_dir=tmp_path)
+    assert served_address(given) == given
 
 
 def test_a_stuck_gpu_worker_is_killed_and_started_again(served: subprocess.Popen[str], tmp_path: Path) -> None:
