@@ -221,6 +221,7 @@ def add_sae(
     ] = "",
     layer: Annotated[int | None, typer.Option(help="Layer expected; refused when the SAE names another.")] = None,
     hook: Annotated[str, typer.Option(help="Where it reads, for files that do not say.")] = "",
+    replace: Annotated[bool, typer.Option(help="Replace another SAE of that name; its evidence goes.")] = False,
     check: Annotated[bool, typer.Option(help="Queue a check on 10,000 tokens of real text.")] = True,
     watch: Annotated[bool, typer.Option(help="Show that check's progress until it ends.")] = False,
 ) -> None:
@@ -242,6 +243,8 @@ def add_sae(
             origin |= {"format": found.format, **_neuronpedia(facts, wanted)}
             set_name = set_name or _default_set(origin, facts.layer)
             with _session(settings) as session:
+                if not replace:
+                    harvests.refuse_other(session, model, facts, set_name)
                 source = harvests.catalogue_sae(
                     session, settings, facts, model_id=model, set_name=set_name, metrics={}, origin=origin
                 )

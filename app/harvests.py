@@ -76,7 +76,7 @@ def refuse_other(session: Session, model_id: str, facts: SaeFacts, set_name: str
     if there is not None and there.sae_hash != facts.hash:
         raise Conflict(
             f"{model_id}/{name} holds another SAE already ({there.sae_hash}; this one is {facts.hash}). "
-            "Choose another set name, or replace it and lose its evidence."
+            "Choose another set name, or remove that one first."
         )
 
 

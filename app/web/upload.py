@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import catalog, harvests, validations, weights
 from app.catalog import ModelEntry
-from app.errors import AtlasError, BadFile, BadInput, Conflict, TooLarge
+from app.errors import AtlasError, BadFile, BadInput, TooLarge
 from app.settings import Settings
 from app.tables import Source
 from app.web.pages import Config, Db, render
@@ -201,10 +201,9 @@ def _add(session: Session, settings: Settings, directory: Path, fields: dict[str
         raise BadFile(error.message.replace(f"{directory}/", "").replace(str(directory), "The upload")) from error
     if facts.layer >= card.n_layers:
         raise BadFile(f"The SAE reads {facts.hook_name}; {card.id} has layers 0 to {card.n_layers - 1}.")
+    harvests.refuse_other(session, card.id, facts, set_name)
     name = f"{facts.layer}-{set_name}"
     there = session.scalar(select(Source).where(Source.model_id == card.id, Source.name == name))
-    if there is not None and there.sae_hash != facts.hash:
-        raise Conflict(f"{card.id}/{name} is another SAE already; choose another set name, or remove that one first.")
     if there is None:
         origin = {"uploaded_as": "cfg.json and sae_weights.safetensors"}
         harvests.catalogue_sae(session, settings, facts, model_id=card.id, set_name=set_name, metrics={}, origin=origin)

@@ -198,6 +198,15 @@ def test_help_lists_every_command(fresh: Shell) -> None:
         assert f" {command} " in listed
 
 
+def test_another_sae_under_a_taken_name_is_refused_unless_asked_for(shell: Shell, tmp_path: Path) -> None:
+    save_tiny_sae(tmp_path / "first", "standard", seed=9)
+    save_tiny_sae(tmp_path / "second", "standard", seed=10)
+    shell.says("sae", "add", str(tmp_path / "first"), "--model", "tiny", "--set", "name", "--no-check")
+    again = ("sae", "add", str(tmp_path / "second"), "--model", "tiny", "--set", "name", "--no-check")
+    assert "holds another SAE already" in shell.refuses(*again)
+    assert "tiny/1-name" in shell.says(*again, "--replace")
+
+
 def test_a_new_sae_is_checked_and_removing_it_asks_and_keeps_shared_weights(shell: Shell, tmp_path: Path) -> None:
     save_tiny_sae(tmp_path / "sae", "standard", seed=9)
     for name in ("one", "two"):

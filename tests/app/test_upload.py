@@ -94,7 +94,7 @@ def test_the_same_sae_again_leads_to_its_page_and_another_is_refused(client: Tes
     assert n_sources(settings) == 4
     other = send(client, sae(config(apply_b_dec_to_input=False)), JSON)
     assert other.status_code == 409
-    assert "choose another set name" in other.json()["message"]
+    assert "Choose another set name" in other.json()["message"]
 
 
 REFUSED: dict[str, tuple[dict[str, bytes], str]] = {

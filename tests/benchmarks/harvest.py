@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ DEMO_TOKENS = 1_200_000
 
 
 def main() -> dict[str, Any]:
-    """Interleave reading with the bare cost, and add the assembly of all features as in a harvest of the demo."""
+    """Interleave reading with the bare cost; assemble all features from as many records as the demo has."""
     keep_freed_memory()
     with demo() as servers, tempfile.TemporaryDirectory() as scratch:
         reading = _reading(servers.settings, servers.model, servers.source, Path(scratch))
@@ -33,9 +34,9 @@ def main() -> dict[str, Any]:
             "reading": lambda: seconds(lambda: _read(reading, Path(scratch) / f"{next(number)}.bin")),
         }
         took = medians(interleaved(sides, ROUNDS, warm_up=1))
-        records = spill.Spill([Path(scratch) / "0.bin"], reading.coder.d_sae)
-        assembly = seconds(lambda: sum(1 for _ in harvest.assembled(reading, records, 0, reading.coder.d_sae)))
-    n = N_CONTEXTS * CONTEXT
+        n = N_CONTEXTS * CONTEXT
+        whole_corpus = _as_large_as_the_demo(reading, Path(scratch), DEMO_TOKENS // n)
+        assembly = seconds(lambda: sum(1 for _ in harvest.assembled(*whole_corpus, 0, reading.coder.d_sae)))
     whole = took["reading"] * DEMO_TOKENS / n + assembly
     return {
         "bare": f"{n / took['bare']:,.0f} tokens/s",
@@ -53,6 +54,19 @@ def _reading(settings: Settings, model: str, source: str, scratch: Path) -> harv
     n_tokens = N_CONTEXTS * (CONTEXT - 1)
     spec = HarvestSpec(model=model, source=source, corpus=corpus, n_tokens=n_tokens, context_size=CONTEXT)
     return harvest.reading_of(JobContext(settings, make, 0, spec.model_dump(), scratch))
+
+
+def _as_large_as_the_demo(
+    reading: harvest.Reading, scratch: Path, n_shards: int
+) -> tuple[harvest.Reading, spill.Spill]:
+    """A spill of n_shards shards, each with the activations that were read, placed one after another in the corpus."""
+    shard = spill.Spill([scratch / "0.bin"], reading.coder.d_sae).records(0, reading.coder.d_sae)
+    latents = np.repeat(np.arange(reading.coder.d_sae), np.diff(shard.starts))
+    paths = [scratch / f"shard-{i}.bin" for i in range(n_shards)]
+    for i, path in enumerate(paths):
+        spill.write(path, latents, shard.tokens + i * N_CONTEXTS * CONTEXT, shard.values, reading.coder.d_sae)
+    spec = reading.spec.model_copy(update={"n_tokens": n_shards * N_CONTEXTS * (CONTEXT - 1)})
+    return dataclasses.replace(reading, spec=spec), spill.Spill(paths, reading.coder.d_sae)
 
 
 def _bare(reading: harvest.Reading) -> None:

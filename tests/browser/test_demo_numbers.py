@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -19,6 +23,7 @@ from app.tables import Corpus, Evidence, Harvest, Source
 from tests.browser.conftest import Demo
 from workers.language_model import LanguageModel
 
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
 TEXT = "On Monday morning the committee met in Paris. for i in range(10): print(i)\nThe Lord said unto Moses,"
 
 
@@ -100,3 +105,21 @@ def test_steering_changes_the_text_and_strength_zero_does_not(demo_server: Demo,
 
 def _source(session: Session, demo: Demo) -> catalog.SourceCard:
     return catalog.source_card(session, demo.model, demo.source)
+
+
+def test_the_readme_example_of_the_official_client_runs_to_the_letter(demo_server: Demo, tmp_path: Path) -> None:
+    code = README.read_text().split("python - <<'PY'\n")[1].split("\nPY\n")[0]
+    # The client knows one port only; everything else is the README's.
+    patched = f"from neuronpedia.requests import base_request as b\nb.NPRequest.BASE_URL = {demo_server.url + '/api'!r}\n{code}"
+    environment = os.environ | {"USE_LOCALHOST": "true", "NEURONPEDIA_API_KEY": "anything"}
+    command = [sys.executable, "-c", patched]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fires on" in done.stdout
+
+
+def test_a_feature_named_in_the_readme_shows_what_was_written_about_it(demo_server: Demo, api: httpx.Client) -> None:
+    html = api.get(f"/{demo_server.model}/{demo_server.source}/24").text
+    assert "burial: graves, being buried, the dead laid to rest" in html
+    found = api.get(f"/api/feature/{demo_server.model}/{demo_server.source}/24").json()
+    assert {e["typeName"] for e in found["explanations"]} == {"heuristic", "manual"}

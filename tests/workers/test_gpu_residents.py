@@ -162,6 +162,18 @@ def test_a_directory_that_is_gone_is_named(tiny: Tiny, tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_model_of_which_only_a_description_is_here_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "vocabulary.json").write_text("[]")
+
+    async def test() -> None:
+        residents = Residents("cpu", torch.float32, 10**9)
+        with pytest.raises(NotFound, match=r"sae-atlas model add .* --id bundled"):
+            async with residents.hold(ModelRef(id="bundled", path=str(tmp_path)), []):
+                pass
+
+    run(test)
+
+
 def test_loading_may_be_begun_and_looked_at_without_waiting(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = threading.Event()
     slow = Residents._load_model

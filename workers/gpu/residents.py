@@ -123,6 +123,11 @@ class Residents:
         directory = Path(path)
         if not directory.is_dir():
             raise NotFound(f"The files of {name} are gone from {directory}; add it again.")
+        if kind == "model" and not (directory / "card.json").is_file():
+            raise NotFound(
+                f"Only a description of {name} is here, from a bundle; its weights are not. Install it with "
+                f"`sae-atlas model add DIRECTORY_OR_HUB_ID --id {name}`."
+            )
         nbytes = weight_bytes(directory, self.dtype if kind == "model" else SAE_DTYPE)
         self._make_room(name, nbytes)
         load = self._load_model if kind == "model" else self._load_sae
