@@ -110,7 +110,8 @@ def _source(session: Session, demo: Demo) -> catalog.SourceCard:
 def test_the_readme_example_of_the_official_client_runs_to_the_letter(demo_server: Demo, tmp_path: Path) -> None:
     code = README.read_text().split("python - <<'PY'\n")[1].split("\nPY\n")[0]
     # The client knows one port only; everything else is the README's.
-    patched = f"from neuronpedia.requests import base_request as b\nb.NPRequest.BASE_URL = {demo_server.url + '/api'!r}\n{code}"
+    there = f"from neuronpedia.requests import base_request as b; b.NPRequest.BASE_URL = '{demo_server.url}/api'"
+    patched = f"{there}\n{code}"
     environment = os.environ | {"USE_LOCALHOST": "true", "NEURONPEDIA_API_KEY": "anything"}
     command = [sys.executable, "-c", patched]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
