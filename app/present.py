@@ -29,6 +29,9 @@ Titles = Callable[[int, int], str]
 
 _CHART_WIDTH, _CHART_HEIGHT = 300.0, 60.0
 
+PART = "part of the next character"
+"""What is said of a token without text: its bytes begin a character that a later token ends."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -223,6 +226,7 @@ def window_of(
             tip = f"{amount(value)} · position {position} · token {token}" if value > 0 else ""
             pieces.append(Piece(string, level(value, full), tip, position == peak, token in special))
         else:
+            tip += "" if string else f" · {PART}"
             plain.append(string)
     if plain:
         pieces.append(Piece("".join(plain)))

@@ -6,7 +6,7 @@ const typing = (element) => element.matches("input, textarea, select, [contented
 // Model text as it was: without the marks that stand for line breaks.
 function plainText(node) {
   const copy = node.cloneNode(true);
-  copy.querySelectorAll(".cut, .special").forEach((mark) => mark.remove());
+  copy.querySelectorAll(".cut, .special, .part").forEach((mark) => mark.remove());
   copy.querySelectorAll(".nl").forEach((mark) => {
     const kept = { "⇥": "\t" }[mark.textContent] ?? "";
     mark.replaceWith(kept);

@@ -25,6 +25,7 @@ from app.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES, STATIC = ROOT / "templates", ROOT / "static"
 _SIGNS = {"\t": "⇥", "\r": "␍"}
+_PART = Markup('<i class="part" title="{}">⋯</i>').format(present.PART)
 _TICKED = re.compile(r"`([^`]+)`")
 
 
@@ -64,6 +65,8 @@ class Pages:
             "percent": present.percent,
             "shown": shown,
             "chip": chip,
+            "token": token,
+            "token_chip": token_chip,
             "label": label,
             "query": query,
             "segment": lambda text: quote(str(text), safe=""),
@@ -117,6 +120,11 @@ def shown(text: str) -> Markup:
     return Markup(str(escape(text)).translate(_MARKS))  # noqa: S704 - escaped, and the marks are ours
 
 
+def token(text: str) -> Markup:
+    """Return one token of a text as markup: as `shown`, and visible where it ends inside a character."""
+    return shown(text) if text else _PART
+
+
 def label(text: str) -> Markup:
     """Return an explanation as markup: what stands in backticks are tokens."""
     parts = _TICKED.split(text)
@@ -140,6 +148,11 @@ def chip(text: str) -> Markup:
             dots.format(_spaces(after, "·")) if after else "",
         ]
     )
+
+
+def token_chip(text: str) -> Markup:
+    """Return one token of a text for a list: as `chip`, and a mark where it ends inside a character."""
+    return chip(text) if text else _PART
 
 
 def _spaces(n: int, sign: str) -> str:

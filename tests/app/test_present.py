@@ -10,7 +10,7 @@ import pytest
 from app import present
 from app.evidence import Example
 from app.tokens import Vocabulary
-from app.web.pages import chip, label, shown
+from app.web.pages import chip, label, shown, token, token_chip
 from tests.conftest import TOKENS, dead_evidence, live_evidence
 
 WORDS = Vocabulary(TOKENS)
@@ -71,6 +71,18 @@ def test_a_character_cut_across_tokens_is_whole_at_the_edge_of_a_window() -> Non
     context = [0, 1, 14, 15, 2]
     found = present.window_of(example([3], [1.0]), context, WORDS, 0, 1.0, 0)
     assert found.text == "€"
+
+
+def test_an_active_token_without_text_says_what_it_is() -> None:
+    found = present.window_of(example([2], [1.0]), [0, 1, 14, 15, 2], WORDS, 0, 1.0, 0)
+    assert [(piece.text, piece.tip) for piece in found.pieces] == [
+        ("", "1.00 · position 2 · token 14 · part of the next character")
+    ]
+
+
+def test_a_token_without_text_is_seen() -> None:
+    assert token("") == token_chip("") == '<i class="part" title="part of the next character">⋯</i>'
+    assert (token(" sea"), token_chip(" sea")) == (shown(" sea"), chip(" sea"))
 
 
 def test_windows_that_read_the_same_are_folded_under_the_first() -> None:

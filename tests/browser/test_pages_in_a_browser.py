@@ -93,6 +93,21 @@ def test_an_example_sent_to_the_box_activates_the_feature_as_it_did_in_the_corpu
     expect(page.locator("#try .answer mark").first).to_be_visible(timeout=60_000)
 
 
+def test_every_token_of_a_cut_character_is_seen_and_can_be_chosen(page: Page, demo_server: Demo) -> None:
+    page.goto(f"{demo_server.path}/prompt")
+    page.get_by_label("Prompt", exact=True).fill("他被埋葬了 👩‍👩‍👧")
+    page.get_by_role("button", name="Read it").click()
+    expect(page.locator(".tok .part").first).to_be_visible(timeout=60_000)
+    for i in range(page.locator(".tok").count()):
+        box = page.locator(".tok").nth(i).bounding_box()
+        assert box is not None
+        assert box["width"] >= 4
+        page.locator(".tok").nth(i).click()
+        expect(page.locator(".tok").nth(i)).to_have_attribute("aria-pressed", "true")
+        expect(page.locator("#reading h2 .chip").first).not_to_be_empty()
+        expect(page.locator("#reading h2 .chip").first).not_to_have_text("∅")
+
+
 def test_a_prompt_is_read_token_by_token(page: Page, demo_server: Demo) -> None:
     page.goto(f"{demo_server.path}/prompt")
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
