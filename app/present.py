@@ -14,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from app.catalog import DENSE, FeatureRow
-from app.evidence import Example, FeatureEvidence, Floats, Ints
+from app.evidence import Example, FeatureEvidence, Floats, Interval, Ints
 from app.tokens import Vocabulary
 
 LEVELS = 10
+PER_BAND = 5
+"""Examples shown of a band of activation, where there are that many."""
 WIDTHS = {"5": 5, "16": 16, "all": 100_000}
 """Tokens shown on each side of an example's peak, by the name of the width in addresses."""
 
@@ -27,10 +29,10 @@ Contexts = Callable[[int], Sequence[int]]
 Titles = Callable[[int, int], str]
 """Title of the document that holds a position of a context."""
 
-_CHART_WIDTH, _CHART_HEIGHT = 300.0, 60.0
-
 PART = "part of the next character"
 """What is said of a token without text: its bytes begin a character that a later token ends."""
+
+_CHART_WIDTH, _CHART_HEIGHT = 300.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,9 @@ def window_of(
                 pieces.append(Piece("".join(plain)))
                 plain = []
             tip = f"{amount(value)} · position {position} · token {token}" if value > 0 else ""
+            tip += "" if string else f" · {PART}"
             pieces.append(Piece(string, level(value, full), tip, position == peak, token in special))
         else:
-            tip += "" if string else f" · {PART}"
             plain.append(string)
     if plain:
         pieces.append(Piece("".join(plain)))
@@ -349,10 +351,20 @@ def _groups(evidence: FeatureEvidence, window: Callable[[Example], Window]) -> t
             interval.high,
             interval.count,
             interval.count / evidence.n_active if evidence.n_active else 0.0,
-            fold([window(example) for example in interval.examples]),
+            fold([window(example) for example in _of_band(evidence, interval)]),
         )
         for interval in evidence.intervals
     )
+
+
+def _of_band(evidence: FeatureEvidence, interval: Interval) -> list[Example]:
+    """Return a band's examples. What the harvest kept leaves out the highest ones of the feature; they fill up."""
+    kept = list(interval.examples)
+    seen = {(example.context, example.peak) for example in kept}
+    # The highest band is open above: a stored activation may be rounded beyond the bound.
+    high = math.inf if interval.high >= evidence.max_act else interval.high
+    more = [e for e in evidence.top if interval.low < e.max <= high and (e.context, e.peak) not in seen]
+    return kept + more[: max(0, PER_BAND - len(kept))]
 
 
 def _activations_chart(evidence: FeatureEvidence) -> Chart | None:

@@ -104,6 +104,14 @@ def test_interval_groups_carry_bounds_and_share() -> None:
     assert first.share == pytest.approx(20 / 103)
 
 
+def test_a_band_is_filled_up_with_the_highest_examples_that_lie_in_it() -> None:
+    found = live_evidence(3)
+    bare = replace(found, intervals=tuple(replace(i, examples=()) for i in found.intervals))
+    groups = present.feature_view(bare, WORDS, {}, lambda _row: CONTEXT, None, bos=0).groups
+    values = [[w.max for s in g.shown for w in (s.window, *s.more)] for g in groups]
+    assert values == [[5.0, 4.5], [4.0], [], [], []]
+
+
 def test_shading_by_example_gives_every_example_a_darkest_token() -> None:
     assert all(max(p.level for p in s.window.pieces) == 10 for s in view(per_example=True).top)
 
