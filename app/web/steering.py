@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from app import catalog, search, steerings
-from app.catalog import FeatureRow, ModelEntry, SourceCard
+from app.catalog import FeatureRow, ModelEntry, NotInCatalog, SourceCard
 from app.errors import NotFound
 from app.protocol import SteerMethod
-from app.web.pages import Config, Db, render
+from app.web.pages import Config, Db, query, render
 
 router = APIRouter()
 
@@ -164,7 +164,7 @@ def replay(request: Request, model: str, run_id: str, session: Db, settings: Con
 def _steered(session: Session, entry: ModelEntry, source: str, index: str, strength: float | None = None) -> Steered:
     """Return a chosen feature. Raises NotInCatalog."""
     number = catalog.parse_index(index)
-    found = _source(entry, source) or catalog.source_card(session, entry.card.id, source)
+    found = _source(entry, source, number) or catalog.source_card(session, entry.card.id, source)
     if number >= found.d_sae:
         raise catalog.past_the_end(found, number)
     rows = catalog.rows(session, found, [number])
@@ -172,10 +172,18 @@ def _steered(session: Session, entry: ModelEntry, source: str, index: str, stren
     return Steered(found.name, feature, _usual(feature) if strength is None else strength)
 
 
-def _source(entry: ModelEntry, name: str) -> SourceCard | None:
-    if not name and entry.sources:
-        return entry.sources[0]
-    return next((s for s in entry.sources if s.name == name), None)
+def _source(entry: ModelEntry, name: str, index: int) -> SourceCard | None:
+    """Return the named source; without a name the only one or the default. Raises NotInCatalog where several fit."""
+    if name or not entry.sources:
+        return next((s for s in entry.sources if s.name == name), None)
+    defaults = [s for s in entry.sources if s.is_default]
+    lowest = [s for s in defaults if s.layer == min(d.layer for d in defaults)]
+    fitting = list(entry.sources) if len(entry.sources) == 1 else lowest
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = [(f"{entry.path}/steer{query({'source': s.name, 'index': index})}", s.name) for s in entry.sources]
+    names = ", ".join(name for _, name in listed)
+    raise NotInCatalog(f"Feature {index} of which SAE? Say source=, one of: {names}.", listed)
 
 
 def _usual(feature: FeatureRow) -> float:

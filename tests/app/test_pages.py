@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, update
 from starlette.testclient import TestClient
 
 from app import db, steerings
 from app.main import create_app
 from app.settings import Settings
-from app.tables import Job, JobMetric
+from app.tables import Job, JobMetric, Source
 from tests.conftest import D_SAE, Catalog
 
 
@@ -169,6 +169,19 @@ def test_the_steering_page_takes_its_state_from_the_address(client: TestClient) 
     assert 'data-index="4" data-max="6.0"' in page
     assert 'value="2.5"' in page
     assert ">Hello</textarea>" in page
+
+
+def test_steering_without_a_source_takes_the_default_one_and_shows_which(client: TestClient) -> None:
+    assert 'data-source="1-demo" data-index="4"' in text(client, "/tiny/steer?index=4")
+
+
+def test_steering_without_a_source_asks_which_where_none_is_the_default(client: TestClient, settings: Settings) -> None:
+    with db.sessions(db.connect(settings)).begin() as session:
+        session.execute(update(Source).values(is_default=False))
+    answer = client.get("/tiny/steer?index=4")
+    assert answer.status_code == 404
+    assert "Say source=, one of: 1-demo, 1-other, 2-plain." in answer.text
+    assert 'href="/tiny/steer?source=2-plain&amp;index=4"' in answer.text
 
 
 def test_features_to_steer_are_found_by_label_and_by_index(client: TestClient) -> None:
