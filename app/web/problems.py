@@ -81,8 +81,18 @@ async def _atlas(request: Request, error: Exception) -> Response:
 
 
 async def _validation(request: Request, error: Exception) -> Response:
-    message = sentence(list(cast(RequestValidationError, error).errors()))
+    errors = list(cast(RequestValidationError, error).errors())
+    message = _not_json(errors) or sentence(errors)
     return answer(request, Problem(422, _HEADINGS[422], message))
+
+
+def _not_json(errors: list[dict[str, Any]]) -> str:
+    """Return a sentence for a body that is no JSON, or nothing."""
+    found = next((e for e in errors if e["type"] == "json_invalid"), None)
+    if found is None:
+        return ""
+    reason = str(found.get("ctx", {}).get("error", "it cannot be read"))
+    return f"The body is not valid JSON: {reason[:1].lower() + reason[1:]} at character {found['loc'][-1]}."
 
 
 async def _http(request: Request, error: Exception) -> Response:
