@@ -10,7 +10,8 @@
     |- Busy            429     a bounded queue is full; retry_after seconds
     |- Unavailable     503     the gpu worker or the database cannot answer now; retry_after seconds
 
-Raised where the problem is noticed; turned into a page, a partial or JSON in app.main, into an exit code in app.cli.
+Raised where the problem is noticed; turned into a page, a partial or JSON in app.web.problems, into an exit
+code in app.cli.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord
     highest = max(values, default=0.0)
     full = max(record.feature.max_act, highest)
     words = catalog.vocabulary_of(settings, record.card.id)
-    tokens = present.shaded(reply.ids, values, words, _shown_special(record, reply.ids), full)
+    tokens = present.shaded(reply.ids, values, words, frozenset(record.card.special_token_ids), full)
     return Try(record.path, text, tokens, highest, full)
 
 
@@ -321,8 +321,3 @@ def _reader(settings: Settings, record: FeatureRecord) -> Stream | None:
         return None
     directory: Path = tokens_dir(settings, record.harvest.corpus_hash, record.harvest.tokenizer_hash)
     return Stream.open(directory) if (directory / "stream.bin").is_file() else None
-
-
-def _shown_special(record: FeatureRecord, ids: list[int]) -> frozenset[int]:
-    special = frozenset(record.card.special_token_ids)
-    return special & frozenset(ids)
