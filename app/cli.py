@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from sqlalchemy.orm import Session
 
 from app import (
@@ -66,7 +66,9 @@ _groups = {
 for _name, _group in _groups.items():
     app.add_typer(_group, name=_name)
 
-_out = Console(highlight=False)
+_PIPE_WIDTH = 10_000
+# Into a pipe or a file lines are as long as they are: programs read them.
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 _err = Console(stderr=True, highlight=False)
 
 PortOption = Annotated[
@@ -192,13 +194,18 @@ def add_model(
 @_groups["model"].command("list")
 def list_models() -> None:
     """List the models of the catalog."""
-    table = Table("id", "architecture", "layers", "d_model", "parameters", "sources", box=None)
+    table = _list("id", "architecture", "layers", "d_model", "parameters", "sources")
     with _session(Settings()) as session:
         for entry in catalog.entries(session):
             c = entry.card
             names = ", ".join(source.name for source in entry.sources) or "none"
             table.add_row(c.id, c.architecture, str(c.n_layers), str(c.d_model), f"{c.n_params:,}", names)
     _out.print(table)
+
+
+def _list(*columns: str) -> Table:
+    """Return an empty table that folds what does not fit: an id that is cut cannot be used."""
+    return Table(*(Column(name, overflow="fold") for name in columns), box=None)
 
 
 # SAEs ------------------------------------------------------------------------------------------------------------
@@ -317,7 +324,7 @@ def _default_set(origin: dict[str, Any], layer: int) -> str:
 @_groups["sae"].command("list")
 def list_saes() -> None:
     """List the SAEs of the catalog."""
-    table = Table("source", "architecture", "hook", "d_in", "d_sae", "evidence", "l0", "explained variance", box=None)
+    table = _list("source", "architecture", "hook", "d_in", "d_sae", "evidence", "l0", "explained variance")
     with _session(Settings()) as session:
         for entry in catalog.entries(session):
             for s in entry.sources:
@@ -398,7 +405,7 @@ def add_corpus(
 @_groups["corpus"].command("list")
 def list_corpora() -> None:
     """List the corpora of the catalog."""
-    table = Table("name", "documents", "characters", "about", box=None)
+    table = _list("name", "documents", "characters", "about")
     with _session(Settings()) as session:
         for c in corpora.corpora(session):
             table.add_row(c.name, f"{c.n_documents:,}", f"{c.n_chars:,}", escape(c.about[:80]))
@@ -444,7 +451,7 @@ def harvest(
 @_groups["jobs"].command("list")
 def list_jobs(limit: Annotated[int, typer.Option(min=1, max=1000)] = 20) -> None:
     """List the latest jobs."""
-    table = Table("job", "state", "done", "title", "status", box=None)
+    table = _list("job", "state", "done", "title", "status")
     settings = Settings()
     with _session(settings) as session:
         for job in jobs.recent(session, limit):

@@ -67,6 +67,22 @@ def test_what_was_added_is_listed_and_shown(shell: Shell) -> None:
     assert "none yet" in shown
 
 
+def test_lists_in_a_pipe_cut_no_id_however_narrow_the_terminal(shell: Shell) -> None:
+    assert "tiny/1-own" in shell.run("sae", "list", COLUMNS="20").stdout
+    assert "blocks.1.hook_resid_post" in shell.run("sae", "list", COLUMNS="20").stdout
+    assert "LlamaForCausalLM" in shell.run("model", "list", COLUMNS="20").stdout
+
+
+def test_lists_on_a_narrow_terminal_fold_and_cut_nothing(shell: Shell) -> None:
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "SAE_ATLAS_DATA_DIR": str(shell.data_dir), "COLUMNS": "60", "TERM": "xterm"}
+    subprocess.run([sys.executable, "-m", "app.cli", "sae", "list"], env=environment, stdout=theirs, timeout=120)
+    shown = os.read(ours, 100_000).decode()
+    os.close(theirs)
+    os.close(ours)
+    assert "…" not in shown
+
+
 def test_adding_the_same_sae_again_is_no_error_and_stores_nothing_twice(shell: Shell, tmp_path: Path) -> None:
     save_tiny_sae(tmp_path / "sae", "topk", seed=1)
     shell.says("sae", "add", str(tmp_path / "sae"), "--model", "tiny", "--set", "own", "--no-check")
