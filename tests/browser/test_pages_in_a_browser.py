@@ -124,6 +124,21 @@ def test_a_prompt_is_read_token_by_token(page: Page, demo_server: Demo) -> None:
     expect(page.locator(".shaded-by")).to_contain_text("Shaded by feature")
     expect(page.locator('.tok[aria-pressed="true"]')).to_have_text(" harbour")
 
+def test_on_a_phone_labels_have_room_and_statistics_come_before_the_examples(page: Page, demo_server: Demo) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{demo_server.path}/prompt?text=The+harbour+was+quiet.&at=2")
+    label = page.locator(".hits.ranked td.label").first
+    expect(label).to_be_visible(timeout=60_000)
+    room = label.bounding_box()
+    assert room is not None
+    assert room["width"] > 300
+    page.goto(f"{demo_server.path}/17")
+    tops = [page.locator(found).first.bounding_box() for found in ("#try", ".chart", ".logits", "#examples", ".near")]
+    heights = [box["y"] for box in tops if box is not None]
+    assert len(heights) == len(tops)
+    assert heights == sorted(heights)
+
+
 
 def test_steering_streams_two_texts_and_the_run_can_be_seen_again(page: Page, demo_server: Demo) -> None:
     page.goto(f"/{demo_server.model}/steer?source={demo_server.source}&index=17&temperature=0&n_tokens=12")
