@@ -36,7 +36,12 @@ document.addEventListener("click", async (event) => {
   if (target.matches("[data-breaks]")) setBreaks(localStorage.breaks !== "real");
   if (target.matches("[data-context]") && !event.ctrlKey && !event.metaKey) {
     event.preventDefault();
-    htmx.ajax("GET", target.getAttribute("href"), { target: target.closest(".what"), swap: "innerHTML" });
+    await openContext(target.closest(".what"), target.getAttribute("href"));
+  }
+  if (target.matches("[data-less]")) {
+    const what = target.closest(".what");
+    what.replaceChildren(...windows.get(what));
+    $("[data-context]", what).focus();
   }
   if (target.matches("[data-copy-example]")) {
     await navigator.clipboard.writeText(plainText($(".window", target.closest(".what"))));
@@ -50,6 +55,18 @@ document.addEventListener("click", async (event) => {
     $("#try").scrollIntoView({ block: "nearest" });
   }
 });
+
+// What an example showed before its whole context was opened in its place.
+const windows = new WeakMap();
+async function openContext(what, path) {
+  windows.set(what, [...what.cloneNode(true).childNodes]);
+  await htmx.ajax("GET", path, { target: what, swap: "innerHTML" });
+  const tools = $(".tools", what);
+  if (!tools || $("[data-context]", what)) return;
+  const less = Object.assign(document.createElement("button"), { type: "button", className: "link", textContent: "less" });
+  less.dataset.less = "";
+  tools.prepend(less, " ");
+}
 
 function setBreaks(real) {
   localStorage.breaks = real ? "real" : "";

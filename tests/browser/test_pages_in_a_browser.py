@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.browser.conftest import Demo, shoot
 
@@ -71,6 +71,9 @@ def test_examples_change_width_in_place_and_a_context_opens(page: Page, demo_ser
     example.get_by_role("link", name="whole context").click()
     expect(example.get_by_role("link", name="whole context")).to_have_count(0)
     assert len(example.locator(".window").inner_text()) > narrow
+    example.get_by_role("button", name="less").click()
+    expect(example.get_by_role("link", name="whole context")).to_be_visible()
+    assert len(example.locator(".window").inner_text()) == narrow
 
 
 def test_ones_own_text_is_answered_in_place_and_kept_in_the_address(page: Page, demo_server: Demo) -> None:
@@ -81,6 +84,19 @@ def test_ones_own_text_is_answered_in_place_and_kept_in_the_address(page: Page, 
     expect(page).to_have_url(re.compile(r"\?text=The\+harbour"))
     page.reload()
     expect(page.locator("#try .answer")).to_be_visible(timeout=60_000)
+
+
+def test_an_old_answer_is_dimmed_while_a_new_text_is_read(page: Page, demo_server: Demo) -> None:
+    page.goto(f"{demo_server.path}/17?text=The+harbour")
+    expect(page.locator("#try .answer")).to_have_css("opacity", "1", timeout=60_000)
+    held: list[Route] = []
+    page.route("**/17/try", lambda route: held.append(route))
+    page.get_by_label("Your own text", exact=True).fill(PROMPT)
+    page.keyboard.press("Enter")
+    expect(page.locator("#try .answer")).to_have_css("opacity", "0.45")
+    held[0].continue_()
+    expect(page.locator("#try .answer")).to_contain_text("boats", timeout=60_000)
+    expect(page.locator("#try .answer")).to_have_css("opacity", "1")
 
 
 def test_an_example_sent_to_the_box_activates_the_feature_as_it_did_in_the_corpus(
@@ -108,6 +124,21 @@ def test_every_token_of_a_cut_character_is_seen_and_can_be_chosen(page: Page, de
         expect(page.locator("#reading h2 .chip").first).not_to_have_text("∅")
 
 
+def test_on_a_phone_labels_have_room_and_statistics_come_before_the_examples(page: Page, demo_server: Demo) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(f"{demo_server.path}/prompt?text=The+harbour+was+quiet.&at=2")
+    label = page.locator(".hits.ranked td.label").first
+    expect(label).to_be_visible(timeout=60_000)
+    room = label.bounding_box()
+    assert room is not None
+    assert room["width"] > 300
+    page.goto(f"{demo_server.path}/17")
+    tops = [page.locator(found).first.bounding_box() for found in ("#try", ".chart", ".logits", "#examples", ".near")]
+    heights = [box["y"] for box in tops if box is not None]
+    assert len(heights) == len(tops)
+    assert heights == sorted(heights)
+
+
 def test_a_prompt_is_read_token_by_token(page: Page, demo_server: Demo) -> None:
     page.goto(f"{demo_server.path}/prompt")
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
@@ -123,21 +154,6 @@ def test_a_prompt_is_read_token_by_token(page: Page, demo_server: Demo) -> None:
     page.goto(address)
     expect(page.locator(".shaded-by")).to_contain_text("Shaded by feature")
     expect(page.locator('.tok[aria-pressed="true"]')).to_have_text(" harbour")
-
-def test_on_a_phone_labels_have_room_and_statistics_come_before_the_examples(page: Page, demo_server: Demo) -> None:
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.goto(f"{demo_server.path}/prompt?text=The+harbour+was+quiet.&at=2")
-    label = page.locator(".hits.ranked td.label").first
-    expect(label).to_be_visible(timeout=60_000)
-    room = label.bounding_box()
-    assert room is not None
-    assert room["width"] > 300
-    page.goto(f"{demo_server.path}/17")
-    tops = [page.locator(found).first.bounding_box() for found in ("#try", ".chart", ".logits", "#examples", ".near")]
-    heights = [box["y"] for box in tops if box is not None]
-    assert len(heights) == len(tops)
-    assert heights == sorted(heights)
-
 
 
 def test_steering_streams_two_texts_and_the_run_can_be_seen_again(page: Page, demo_server: Demo) -> None:
