@@ -6,13 +6,15 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import uvicorn
 
 from app import log
 from app.settings import Settings
-from workers.gpu.service import create_app
+from workers.gpu.lane import Lane
+from workers.gpu.service import create_app, create_lane
 from workers.memory import keep_freed_memory
 
 STOP_SECONDS = 5
@@ -24,16 +26,27 @@ def main() -> None:
     settings = Settings()
     log.configure(settings, "gpu")
     listener = listen(settings.socket_path)
-    # uvicorn raises the signal again once it has stopped cleanly; that is no reason to die of it.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _signal, _frame: None)
+    lane = create_lane(settings)
     config = uvicorn.Config(
-        create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
+        create_app(settings, lane), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
     )
+    server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _signal, _frame: setattr(server, "should_exit", True))
+    serving = threading.Thread(target=_serve, args=(server, listener, lane), name="http")
+    serving.start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        lane.run()
+        serving.join()
     finally:
         settings.socket_path.unlink(missing_ok=True)
+
+
+def _serve(server: uvicorn.Server, listener: socket.socket, lane: Lane) -> None:
+    try:
+        server.run(sockets=[listener])
+    finally:
+        lane.stop()  # once more where the app never started
 
 
 def listen(path: Path) -> socket.socket:

@@ -62,17 +62,18 @@ class Lane:
         self._runs: deque[_Run] = deque()
         self._stopping = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="lane", daemon=True)
+        self._ended = threading.Event()
 
     def start(self) -> None:
-        self._thread.start()
+        """Run on a thread of its own."""
+        threading.Thread(target=self.run, name="lane", daemon=True).start()
 
     def stop(self) -> None:
         """End after the turn in progress. What still waits is answered Unavailable."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._ended.wait()
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -113,6 +114,17 @@ class Lane:
                 raise Unavailable("The gpu worker is stopping; try again in a few seconds.")
             change()
             self._changed.notify()
+
+    def run(self) -> None:
+        """Own the device from the calling thread until `stop`.
+
+        The worker's process calls it on its main thread, which has OpenMP threads already: a second set would make more
+        of them than cores, and those sleep between operations (80 ms for 128 tokens instead of 57 ms, on two cores).
+        """
+        try:
+            self._work()
+        finally:
+            self._ended.set()
 
     def _work(self) -> None:
         while self._wait():

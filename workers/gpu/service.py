@@ -58,22 +58,26 @@ class Worker:
     lane: Lane
 
 
-def create_app(settings: Settings) -> Starlette:
-    """Return the ASGI app. Its lifespan starts and stops the lane."""
+def create_lane(settings: Settings) -> Lane:
+    return Lane(settings.max_queue, BATCH_TOKENS[choose_device(settings)])
+
+
+def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
+    """Return the ASGI app. Its lifespan stops the lane, and starts one of its own where none is given."""
     device = choose_device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     budget = settings.memory_bytes or int(device_bytes(device) * BUDGET_SHARE)
     residents = Residents(device, choose_dtype(settings, device), budget)
-    worker = Worker(settings, residents, Lane(settings.max_queue, BATCH_TOKENS[device]))
+    worker = Worker(settings, residents, lane or create_lane(settings))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        worker.lane.start()
+        if lane is None:
+            worker.lane.start()
         logger.info("gpu worker ready", device=device, dtype=str(residents.dtype), budget_bytes=budget)
         yield
         await asyncio.to_thread(worker.lane.stop)
-        residents.close()
 
     routes = [
         Route("/load", _answering(worker, load), methods=["POST"]),

@@ -172,6 +172,9 @@ class Runner:
         except Superseded as error:
             _logger.error("job was taken over while this trainer was silent; leaving", step=name, by=str(error))
             os._exit(SUPERSEDED_EXIT)
+        except AtlasError as error:
+            _logger.error("step refused", step=name, error=error.message)
+            return {"outcome": "failed", "error": error.message}
         except Exception as error:
             _logger.error("step failed", step=name, trace=traceback.format_exc())
             return {"outcome": "failed", "error": _sentence(error, self.settings.data_dir)}
