@@ -13,13 +13,15 @@ from app.protocol import GenerateRequest, SaeRef, SteerDirection, Token
 from tests.benchmarks.servers import Servers, demo, interleaved, medians, seconds
 from workers.language_model import LanguageModel
 
-N_TOKENS, ROUNDS, STRENGTH = 64, 7, 40.0
+N_TOKENS, ROUNDS, STRENGTH = 64, 7, 8.0
 PROMPT = "The most important thing to know about the sea is"
 
 
 def main() -> dict[str, Any]:
     with demo() as servers:
         n_tokens = count(servers)
+        # A row that ends early would leave the other to pay for whole steps, which generate's two rows never do.
+        assert n_tokens == 2 * N_TOKENS, f"a row ended early: {n_tokens} tokens instead of {2 * N_TOKENS}"
         plain = plain_generate(servers)
         body = {
             "prompt": PROMPT,
