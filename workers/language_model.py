@@ -9,12 +9,14 @@ same activations to 1e-8 of their size.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from jaxtyping import Float, Int
@@ -258,7 +260,9 @@ def _layout(path: Path) -> Layout:
     """Ask transformer-lens' description of the architecture."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(str(path), load_weights=False, device="meta")
+    # For a model that also sees, transformer-lens runs `pip install torchvision`, which would replace torch under us.
+    with mock.patch.dict(os.environ, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "UV_OFFLINE": "1"}):
+        bridge = TransformerBridge.boot_transformers(str(path), load_weights=False, device="meta")
     mapping: dict[str, Any] = bridge.adapter.component_mapping
     block = mapping["blocks"]
     found = {kind: _place(block, kind) for kind in HOOK_POINTS}
