@@ -23,6 +23,7 @@ from app.protocol import (
     EncodeRequest,
     End,
     GenerateRequest,
+    Loading,
     LoadReply,
     LoadRequest,
     Message,
@@ -52,10 +53,16 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._path = str(settings.socket_path)
         self._seconds = settings.request_seconds
+        self._loading_seconds = settings.loading_seconds
         self._client: aiohttp.ClientSession | None = None
 
     async def load(self, request: LoadRequest) -> LoadReply:
         return LoadReply.model_validate(await self._call("/load", request))
+
+    async def loading(self, model: ModelRef, saes: list[SaeRef]) -> list[Loading]:
+        """Begin to load what is not resident and return what a page should say is still being loaded."""
+        request = LoadRequest(model=model, saes=saes, seconds=self._loading_seconds)
+        return (await self.load(request)).loading
 
     async def ready(self, model: ModelRef, saes: list[SaeRef]) -> None:
         """Wait until a model and SAEs are resident: a large one may take longer than a request's deadline."""

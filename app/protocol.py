@@ -64,7 +64,7 @@ class LoadRequest(Message):
 
     model: ModelRef
     saes: list[SaeRef]
-    seconds: float = Field(default=0.7, ge=0, le=30)
+    seconds: float = Field(ge=0, le=30)
 
 
 class Loading(Message):

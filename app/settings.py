@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     request_seconds: float = Field(
         default=60.0, gt=0, description="Deadline of a request to the gpu worker, in seconds."
     )
+    loading_seconds: float = Field(
+        default=0.7, ge=0, le=30, description="How long a page waits for a model to load before it shows that it loads."
+    )
     max_sae_bytes: int = Field(default=16 * 2**30, ge=1, description="Largest SAE file accepted, in bytes.")
     max_d_sae: int = Field(default=2**20, ge=1, description="Widest SAE accepted, in latents.")
     cache_bytes: int = Field(

@@ -20,7 +20,7 @@ from app.errors import AtlasError
 from app.evidence import FeatureEvidence
 from app.gpu import Worker
 from app.present import FeatureView, ShadedToken, Width
-from app.protocol import EncodeRequest, Loading, LoadRequest, SaeQuery
+from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
 from app.web.pages import Config, Db, Gpu, partial, query, render
@@ -247,7 +247,7 @@ async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord
             queries=[SaeQuery(sae=catalog.sae_ref(settings, record.source), top_k=0, latents=[record.feature.index])],
             prepend_bos=record.source.prepend_bos,
         )
-        waiting = (await worker.load(LoadRequest(model=request.model, saes=[request.queries[0].sae]))).loading
+        waiting = await worker.loading(request.model, [request.queries[0].sae])
         if waiting:
             return Try(record.path, text, loading=tuple(waiting))
         reply = (await worker.encode(request)).texts[0]

@@ -17,7 +17,7 @@ from app.api.inputs import check_text
 from app.catalog import FeatureRow, SourceCard
 from app.errors import AtlasError
 from app.gpu import Worker
-from app.protocol import EncodeRequest, Loading, LoadRequest, ModelCard, SaeActs, SaeQuery, TextActs
+from app.protocol import EncodeRequest, Loading, ModelCard, SaeActs, SaeQuery, TextActs
 from app.settings import Settings
 from app.web.pages import Config, Db, Gpu, partial, query, render
 from app.web.problems import Problem, of
@@ -165,7 +165,7 @@ async def _read(page: PromptPage, session: Session, settings: Settings, worker: 
         check_text(settings, page.text)
         model = catalog.model_ref(settings, page.card.id)
         asked = EncodeRequest(model=model, texts=[page.text], queries=[wanted], prepend_bos=page.source.prepend_bos)
-        waiting = (await worker.load(LoadRequest(model=model, saes=[wanted.sae]))).loading
+        waiting = await worker.loading(model, [wanted.sae])
         if waiting:
             return replace(page, loading=tuple(waiting))
         reply = await worker.encode(asked)

@@ -22,7 +22,10 @@ HTMX = {"hx-request": "true"}
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The application with a worker that has loaded nothing yet: importing torch's models alone takes it seconds."""
     made = world.make(tmp_path_factory.mktemp("cold"), tmp_path_factory.mktemp("hf"))
-    settings = Settings(data_dir=made.data_dir, device="cpu", threads=1, request_seconds=20, log_level="WARNING")
+    # Without patience the first answer shows the loading, however fast the machine.
+    settings = Settings(
+        data_dir=made.data_dir, device="cpu", threads=1, request_seconds=20, loading_seconds=0, log_level="WARNING"
+    )
     fill(settings)
     worker = WorkerProcess(settings)
     with TestClient(create_app(settings), base_url="http://localhost") as client:
