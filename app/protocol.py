@@ -95,6 +95,8 @@ class SaeQuery(Message):
     sae: SaeRef
     top_k: int = Field(default=0, ge=0)
     latents: list[int] = Field(default_factory=list[int])
+    totals: bool = False
+    """Also the sum of all activations, l0 and the reconstruction's error at every position."""
 
 
 class EncodeRequest(Message):
@@ -112,6 +114,11 @@ class SaeActs(Message):
     top_values: list[list[float]]
     latents: list[list[float]]
     """[asked latent][pos]."""
+    total: list[float] = Field(default_factory=list[float])
+    """[pos] the sum of all activations; with l0 and error only where `totals` was asked."""
+    l0: list[float] = Field(default_factory=list[float])
+    error: list[float] = Field(default_factory=list[float])
+    """[pos] |x - x_hat|^2 / |x|^2, of the output hook for a transcoder."""
 
 
 class TextActs(Message):

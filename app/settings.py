@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     memory_bytes: int = Field(
         default=0, ge=0, description="Byte budget for resident models and SAEs; 0 means 60 % of the device's memory."
     )
+    residual_bytes: int = Field(
+        default=256 * 2**20,
+        ge=0,
+        description="Memory for activations of texts read lately, so that a second question skips the model.",
+    )
     max_text_tokens: int = Field(default=4096, ge=1, description="Longest text accepted for activations, in tokens.")
     max_text_bytes: int = Field(
         default=200_000, ge=1, description="Longest text accepted before it is tokenised, in bytes."

@@ -8,9 +8,10 @@ import torch
 from sae_lens import SAE
 
 from app.protocol import SaeActs, SaeQuery
-from tests.tiny import D_SAE, K, Tiny
+from tests.tiny import D_IN, D_SAE, HOOK, K, Tiny
 from workers.gpu import encoding
 from workers.gpu.encoding import Text, encode
+from workers.gpu.residuals import Residuals
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
 
@@ -100,3 +101,64 @@ def test_long_texts_are_encoded_in_pieces(
     [[pieces]] = encode(language, [text])
     assert pieces.top_indices == whole.top_indices
     np.testing.assert_allclose(pieces.latents, whole.latents, atol=1e-4)
+
+
+def test_a_second_question_about_a_text_skips_the_model(tiny: Tiny, language: LanguageModel, standard: Coder) -> None:
+    residuals = Residuals(10**6)
+    text = Text(language.to_ids(TEXTS[1]), [(standard, SaeQuery(sae=tiny.standard, latents=[5]))])
+    again = Text(text.ids, [(standard, SaeQuery(sae=tiny.standard, latents=[7], top_k=3))])
+    [[first]], [[fresh]] = encode(language, [text], residuals), encode(language, [again])
+    assert residuals.hits == 0
+    with language.edited({HOOK: lambda _: pytest.fail("the model ran")}):
+        [[second]] = encode(language, [again], residuals)
+    assert residuals.hits == 1
+    np.testing.assert_allclose(second.latents, fresh.latents, atol=1e-5)
+    assert second.top_indices == fresh.top_indices
+    assert len(first.latents[0]) == len(text.ids)
+
+
+def test_kept_and_new_texts_are_answered_in_one_batch(tiny: Tiny, language: LanguageModel, topk: Coder) -> None:
+    residuals = Residuals(10**6)
+    texts = [Text(language.to_ids(text), everything(topk, tiny)) for text in TEXTS]
+    encode(language, texts[1:2], residuals)
+    for text, [acts] in zip(texts, encode(language, texts, residuals), strict=True):
+        [[alone]] = encode(language, [text])
+        np.testing.assert_allclose(dense(acts), dense(alone), atol=1e-4)
+
+
+def test_kept_activations_stay_within_their_bytes_and_the_oldest_go_first(language: LanguageModel) -> None:
+    size = 4 * D_IN * 4  # four positions
+    residuals = Residuals(2 * size)
+    batch = torch.randn(3, 5, D_IN)
+    for row in range(3):
+        residuals.put(language, [row] * 4, HOOK, batch[row, :4])
+    assert residuals.used_bytes == 2 * size
+    assert residuals.get(language, [0] * 4, [HOOK]) is None
+    kept = residuals.get(language, [2] * 4, [HOOK])
+    assert kept is not None
+    torch.testing.assert_close(kept[HOOK], batch[2, :4])
+    assert kept[HOOK].untyped_storage().nbytes() == size, "a view would keep the whole batch"
+    residuals.put(language, [9] * 40, HOOK, torch.randn(40, D_IN))
+    assert residuals.used_bytes == 2 * size, "what is too large is not kept"
+
+
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_totals_are_those_of_sae_lens(
+    name: str, tiny: Tiny, language: LanguageModel, request: pytest.FixtureRequest
+) -> None:
+    coder: Coder = request.getfixturevalue(name)
+    theirs = SAE.load_from_disk(getattr(tiny, name).path)
+    texts = [
+        Text(language.to_ids(text), [(coder, SaeQuery(sae=tiny.topk, totals=total))])
+        for text, total in zip(TEXTS, (True, False, True), strict=True)
+    ]
+    answers = encode(language, texts)
+    assert answers[1][0].total == answers[1][0].l0 == answers[1][0].error == []
+    for text, [acts] in (pair for n, pair in enumerate(zip(texts, answers, strict=True)) if n != 1):
+        with torch.no_grad():
+            x = language.hf(torch.tensor([text.ids]), output_hidden_states=True).hidden_states[2][0]
+            expected = theirs.encode(x)
+            missed = (x - theirs.decode(expected)).square().sum(-1) / x.square().sum(-1)
+        np.testing.assert_allclose(acts.total, expected.sum(-1).numpy(), rtol=1e-4)
+        assert acts.l0 == (expected > 0).sum(-1).tolist()
+        np.testing.assert_allclose(acts.error, missed.numpy(), rtol=1e-3)

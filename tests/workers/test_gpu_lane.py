@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.errors import Busy, Unavailable
+from app.errors import BadInput, Busy, Unavailable
 from app.protocol import GenerateRequest, SaeQuery
 from tests.tiny import Tiny
 from workers.gpu import lane as lane_module
@@ -49,7 +50,7 @@ def test_texts_that_wait_are_answered_in_one_pass_each_with_its_own(
 ) -> None:
     sizes: list[int] = []
 
-    def counting(model: LanguageModel, texts: list[Text]) -> Any:
+    def counting(model: LanguageModel, texts: list[Text], *_: object) -> Any:
         sizes.append(len(texts))
         time.sleep(0.05)
         return encode(model, texts)
@@ -72,7 +73,7 @@ def test_a_batch_is_bounded_in_padded_tokens(
 ) -> None:
     padded: list[int] = []
 
-    def measuring(model: LanguageModel, texts: list[Text]) -> Any:
+    def measuring(model: LanguageModel, texts: list[Text], *_: object) -> Any:
         padded.append(len(texts) * max(len(t.ids) for t in texts))
         return encode(model, texts)
 
@@ -142,7 +143,7 @@ def test_a_text_nobody_waits_for_any_more_is_not_computed(
     language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    monkeypatch.setattr(lane_module, "encode", lambda _model, texts: computed.append(len(texts)))
+    monkeypatch.setattr(lane_module, "encode", lambda _model, texts, *_: computed.append(len(texts)))
 
     async def test() -> None:
         async with running() as lane:
@@ -172,7 +173,7 @@ def test_running_out_of_memory_refuses_the_request_and_the_lane_goes_on(
 ) -> None:
     asked = text(language, tiny, topk, "the cat")
 
-    def failing(_model: LanguageModel, _texts: list[Text]) -> Any:
+    def failing(*_: object) -> Any:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes")
 
     async def test() -> None:
@@ -182,5 +183,26 @@ def test_running_out_of_memory_refuses_the_request_and_the_lane_goes_on(
                 with pytest.raises(Unavailable, match="99 bytes"):
                     await lane.encode(language, [asked], 10)
             assert await lane.encode(language, [asked], 10)
+
+    run(test)
+
+
+def test_a_computation_has_the_device_between_batches_and_tells_of_its_failure(
+    language: LanguageModel, tiny: Tiny, topk: Coder
+) -> None:
+    asked = text(language, tiny, topk, "the cat")
+
+    def refuses() -> None:
+        raise BadInput("no such token")
+
+    async def test() -> None:
+        async with running() as lane:
+            names, _ = await asyncio.gather(
+                lane.compute(lambda: threading.current_thread().name, 10), lane.encode(language, [asked], 10)
+            )
+            assert names == "lane"
+            with pytest.raises(BadInput, match="no such token"):
+                await lane.compute(refuses, 10)
+            assert await lane.compute(lambda: 3, 10) == 3
 
     run(test)

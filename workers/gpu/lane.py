@@ -1,7 +1,7 @@
 """The one thread that owns the device: texts waiting to be encoded are batched, generations take turns token by token.
 
-A turn is one batch of encodes and one token of one generation, so neither starves the other and a long run does not
-hold up a short one. Knows no HTTP and no files; what it is given is resident already.
+A turn is one batch of encodes, one computation and one token of one generation, so none starves the others and a long
+run does not hold up a short one. Knows no HTTP and no files; what it is given is resident already.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
 from app import log
-from app.errors import Busy, Unavailable
+from app.errors import AtlasError, Busy, Unavailable
 from app.protocol import SaeActs, Token
 from workers.gpu.encoding import Text, encode
 from workers.gpu.generation import Generation, NotFinite
+from workers.gpu.residuals import Residuals
 from workers.language_model import LanguageModel
+
+T = TypeVar("T")
 
 MAX_RUNS = 8
 """Generations that take turns; more wait for a place, so that KV caches stay bounded."""
@@ -41,6 +45,15 @@ class _Encode:
 
 
 @dataclass
+class _Task:
+    """A computation of one request, such as an attribution, that is not batched with others."""
+
+    work: Callable[[], Any]
+    deadline: float
+    future: Future[Any] = field(default_factory=lambda: Future[Any]())
+
+
+@dataclass
 class _Run:
     """A generation and where its tokens go. `send(None)` says that it has ended; an exception that it failed."""
 
@@ -53,11 +66,13 @@ class _Run:
 class Lane:
     """Owns a thread. `encode` and `generate` are called from one event loop; `admit` bounds how many do so at once."""
 
-    def __init__(self, max_queue: int, batch_tokens: int) -> None:
+    def __init__(self, max_queue: int, batch_tokens: int, residuals: Residuals | None = None) -> None:
         self.max_queue = max_queue
         self.admitted = 0
+        self.residuals = residuals or Residuals(0)
         self._batch_tokens = batch_tokens
         self._encodes: list[_Encode] = []
+        self._tasks: deque[_Task] = deque()
         self._waiting_runs: deque[_Run] = deque()
         self._runs: deque[_Run] = deque()
         self._stopping = False
@@ -94,6 +109,12 @@ class Lane:
         self._put(lambda: self._encodes.extend(items))
         return list(await asyncio.gather(*(asyncio.wrap_future(item.future) for item in items)))
 
+    async def compute(self, work: Callable[[], T], seconds: float) -> T:
+        """Call a function on the lane's thread, which alone may use the device."""
+        task = _Task(work, time.monotonic() + seconds)
+        self._put(lambda: self._tasks.append(task))
+        return await asyncio.wrap_future(task.future)
+
     async def generate(self, start: Callable[[], Generation]) -> AsyncIterator[list[Token]]:
         """Yield tokens as they come. `start` is called on the lane's thread. Closing the iterator ends the run."""
         loop = asyncio.get_running_loop()
@@ -129,7 +150,9 @@ class Lane:
     def _work(self) -> None:
         while self._wait():
             if batch := self._next_batch():
-                _answer(batch)
+                _answer(batch, self.residuals)
+            if task := self._next_task():
+                _compute(task)
             self._admit_runs()
             if self._runs:
                 run = self._runs.popleft()
@@ -140,7 +163,7 @@ class Lane:
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when stopping."""
         with self._changed:
-            while not (self._encodes or self._waiting_runs or self._runs or self._stopping):
+            while not (self._encodes or self._tasks or self._waiting_runs or self._runs or self._stopping):
                 self._changed.wait()
             return not self._stopping
 
@@ -165,6 +188,14 @@ class Lane:
             self._encodes = [item for item in waiting if id(item) not in taken]
             return batch
 
+    def _next_task(self) -> _Task | None:
+        with self._changed:
+            while self._tasks:
+                task = self._tasks.popleft()
+                if task.deadline > time.monotonic() and task.future.set_running_or_notify_cancel():
+                    return task
+        return None
+
     def _admit_runs(self) -> None:
         with self._changed:
             while self._waiting_runs and len(self._runs) < MAX_RUNS:
@@ -174,13 +205,23 @@ class Lane:
         error = Unavailable("The gpu worker is stopping; try again in a few seconds.")
         for item in self._encodes:
             _settle(item, error)
+        for task in self._tasks:
+            if task.future.set_running_or_notify_cancel():
+                task.future.set_exception(error)
         for run in [*self._runs, *self._waiting_runs]:
             run.send(error)
 
 
-def _answer(batch: list[_Encode]) -> None:
+def _compute(task: _Task) -> None:
     try:
-        answers = encode(batch[0].language, [item.text for item in batch])
+        task.future.set_result(task.work())
+    except Exception as error:
+        task.future.set_exception(error if isinstance(error, AtlasError) else _as_error(error))
+
+
+def _answer(batch: list[_Encode], residuals: Residuals) -> None:
+    try:
+        answers = encode(batch[0].language, [item.text for item in batch], residuals)
     except Exception as error:
         failure = _as_error(error)
         for item in batch:

@@ -40,6 +40,7 @@ from workers.gpu.encoding import Text
 from workers.gpu.generation import Generation, NotFinite, edits_of
 from workers.gpu.lane import Lane
 from workers.gpu.residents import Held, Residents, device_bytes
+from workers.gpu.residuals import Residuals
 from workers.language_model import LanguageModel
 
 M = TypeVar("M", bound=BaseModel)
@@ -59,7 +60,7 @@ class Worker:
 
 
 def create_lane(settings: Settings) -> Lane:
-    return Lane(settings.max_queue, BATCH_TOKENS[choose_device(settings)])
+    return Lane(settings.max_queue, BATCH_TOKENS[choose_device(settings)], Residuals(settings.residual_bytes))
 
 
 def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
