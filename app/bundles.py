@@ -4,8 +4,10 @@
     sae/cfg.json, sae/sae_weights.safetensors
     model/card.json, model/vocabulary.json.zst     the model's description; its weights are not part of a bundle
     corpus/stream.bin.zst, corpus/documents.json.zst   token stream of the corpus (app.corpora)
-    evidence/features.jsonl.zst      {"index", "label" (the automatic one), "top_token", "top_logit", "blob" (base64)}
+    evidence/features.jsonl.zst      {"index", "label" (the automatic one), "top_token", "top_logit", "blob" and
+                                     "effects" (base64; effects null where they were not measured)}
     evidence/explanations.jsonl.zst  explanations by people and models
+    evidence/map.json.zst            the 2-D map of its features (app.maps), where there is one
 
 Nothing is taken from a bundle but these files, and each only when its hash is the manifest's.
 """
@@ -23,18 +25,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import evidence, harvests, weights
+from app import evidence, harvests, maps, weights
 from app.corpora import Report, tokens_dir
 from app.errors import BadFile, Conflict, NotFound
 from app.harvests import FeatureRecord
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, Source
+from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, HarvestState, Model, Source
 
 FORMAT, VERSION = "sae-atlas-bundle", 1
 MANIFEST = "manifest.json"
@@ -48,6 +51,7 @@ FILES = (
     "evidence/features.jsonl.zst",
     "evidence/explanations.jsonl.zst",
 )
+MAP_FILE = "evidence/map.json.zst"
 MAX_UNPACKED_BYTES = 4 * 2**30
 """Of one file: no bundle file may unpack to more."""
 
@@ -66,6 +70,7 @@ class HarvestEntry(BaseModel):
     bos_token_id: int | None
     n_tokens: int
     summary: dict[str, Any]
+    state: str = HarvestState.COMPLETE
 
 
 class Manifest(BaseModel):
@@ -115,8 +120,9 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     Raises BadFile for what is no bundle or was changed, and Conflict when the source's name holds another SAE.
     """
     manifest = _read_manifest(path)
-    for number, file in enumerate(FILES):
-        report(0.2 * number / len(FILES), f"Checking {file}")
+    listed = (*FILES, MAP_FILE) if MAP_FILE in manifest.files else FILES
+    for number, file in enumerate(listed):
+        report(0.2 * number / len(listed), f"Checking {file}")
         _check_file(path, file, manifest)
     facts = weights.check_sae(path / "sae", manifest.model.d_model, settings)
     harvests.refuse_other(session, manifest.model.id, facts, manifest.set_name)
@@ -135,6 +141,8 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     harvest = Harvest(corpus_id=corpus.id, **manifest.harvest.model_dump())
     harvests.record(session, source, harvest, _features(path, manifest, report))
     _import_explanations(session, source, path)
+    if MAP_FILE in listed:
+        _import_map(session, source, path)
     report(1.0, f"Imported {manifest.n_features:,} features")
     return source
 
@@ -156,6 +164,9 @@ def _write_files(
     _pack(out / "corpus/documents.json.zst", [(tokens / "documents.json").read_bytes()])
     _pack(out / "evidence/features.jsonl.zst", _feature_lines(session, source, harvest, report))
     _pack(out / "evidence/explanations.jsonl.zst", _explanation_lines(session, source))
+    drawn = maps.map_of(session, source.id)
+    if drawn is not None:
+        _pack(out / MAP_FILE, [_map_line(drawn)])
 
 
 def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus, out: Path) -> Manifest:
@@ -171,7 +182,7 @@ def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus
         corpus=entry,
         harvest=HarvestEntry.model_validate(harvest, from_attributes=True),
         n_features=source.d_sae,
-        files={file: _sha256(out / file) for file in FILES},
+        files={file: _sha256(out / file) for file in (*FILES, MAP_FILE) if (out / file).exists()},
     )
 
 
@@ -181,15 +192,21 @@ def _feature_lines(session: Session, source: Source, harvest: Harvest, report: R
     )
     labels = {index: text for index, text in session.execute(automatic)}  # noqa: C416 - rows are no mapping
     query = (
-        select(Feature.index, Feature.top_token, Feature.top_logit, Evidence.blob)
+        select(Feature.index, Feature.top_token, Feature.top_logit, Evidence.blob, Evidence.effects)
         .join(Evidence, (Evidence.index == Feature.index) & (Evidence.harvest_id == harvest.id))
         .where(Feature.source_id == source.id)
         .order_by(Feature.index)
     )
-    for index, top_token, top_logit, blob in session.execute(query.execution_options(yield_per=500)):
+    for index, top_token, top_logit, blob, effects in session.execute(query.execution_options(yield_per=500)):
         report(0.2 + 0.8 * index / source.d_sae, f"Packing feature {index:,} of {source.d_sae:,}")
-        line = {"index": index, "label": labels.get(index, ""), "top_token": top_token, "top_logit": top_logit}
+        line: dict[str, Any] = {
+            "index": index,
+            "label": labels.get(index, ""),
+            "top_token": top_token,
+            "top_logit": top_logit,
+        }
         line["blob"] = base64.b64encode(blob).decode()
+        line["effects"] = None if effects is None else base64.b64encode(effects).decode()
         yield json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
 
@@ -267,9 +284,11 @@ def _features(path: Path, manifest: Manifest, report: Report) -> Iterator[Featur
         report(0.4 + 0.6 * index / manifest.n_features, f"Importing feature {index:,} of {manifest.n_features:,}")
         try:
             found = evidence.unpack(base64.b64decode(row.pop("blob")))
+            packed = row.pop("effects", None)
+            effects = None if packed is None else evidence.unpack_effects(base64.b64decode(packed))
         except Exception as error:
             raise BadFile(f"The evidence of feature {index} cannot be read: {error}.") from error
-        yield FeatureRecord(evidence=found, **row)
+        yield FeatureRecord(evidence=found, effects=effects, **row)
 
 
 def _import_explanations(session: Session, source: Source, path: Path) -> None:
@@ -282,6 +301,28 @@ def _import_explanations(session: Session, source: Source, path: Path) -> None:
             feature = session.get(Feature, (source.id, row["index"]))
             if feature is not None:
                 feature.label = row["text"]
+
+
+def _map_line(drawn: maps.Map) -> bytes:
+    line = {
+        "coordinates": base64.b64encode(drawn.coordinates.astype("<f4").tobytes()).decode(),
+        "cluster": base64.b64encode(drawn.cluster.astype("<u2").tobytes()).decode(),
+        "clusters": [vars(cluster) for cluster in drawn.clusters],
+        "about": dict(drawn.about),
+    }
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _import_map(session: Session, source: Source, path: Path) -> None:
+    for line in _json_lines(path / MAP_FILE):
+        try:
+            coordinates = np.frombuffer(base64.b64decode(line["coordinates"]), "<f4").reshape(source.d_sae, 2)
+            cluster = np.frombuffer(base64.b64decode(line["cluster"]), "<u2").reshape(source.d_sae)
+            clusters = [maps.Cluster(**c) for c in line["clusters"]]
+            about = dict(line["about"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFile(f"The bundle's map cannot be read: {error}.") from error
+        maps.record(session, source, coordinates, cluster, clusters, about)
 
 
 def _pack(path: Path, blocks: Iterable[bytes]) -> None:

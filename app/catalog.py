@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from app.errors import NotFound
 from app.protocol import ModelCard, ModelRef, SaeRef
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, Source
+from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, HarvestState, Model, Source
 from app.tokens import Vocabulary, vocabulary
 
 RESERVED = frozenset(
@@ -142,6 +142,21 @@ class HarvestCard:
     n_tokens: int
     summary: Mapping[str, Any]
     created_at: str
+    state: str = HarvestState.COMPLETE
+    job_id: int | None = None
+    activations: str = ""
+    """Directory under activations/ with its sparse activations, or nothing."""
+
+    @property
+    def partial(self) -> bool:
+        """Tells that the harvest still runs, or stopped, and this is what was read so far."""
+        return self.state == HarvestState.PARTIAL
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Shards read and shards in all, while partial."""
+        found = self.summary.get("progress") if self.partial else None
+        return (int(found["done"]), int(found["total"])) if found else None
 
 
 @dataclass(frozen=True)
@@ -177,6 +192,8 @@ class FeatureRecord:
     harvest: HarvestCard | None
     feature: FeatureRow
     blob: bytes | None
+    effects: bytes | None = None
+    """The packed causal effects of its top examples, where they were measured."""
 
     @property
     def path(self) -> str:
@@ -260,6 +277,17 @@ def source_card(session: Session, model_id: str, name: str) -> SourceCard:
     raise _unknown_source(session, model_id, name)
 
 
+def harvests_of(session: Session, source: SourceCard) -> tuple[HarvestCard, ...]:
+    """Return all evidence there is of a source, one card a corpus; the one shown by default first."""
+    found = session.execute(
+        select(Harvest, Corpus)
+        .join(Corpus, Corpus.id == Harvest.corpus_id)
+        .where(Harvest.source_id == source.id)
+        .order_by((Harvest.id == source.harvest_id).desc(), Harvest.id)
+    ).all()
+    return tuple(card for harvest, corpus in found if (card := _harvest(harvest, corpus)) is not None)
+
+
 def source_page(session: Session, model_id: str, name: str) -> tuple[ModelCard, SourceCard, HarvestCard | None]:
     """Return a source with its model and the harvest whose evidence is shown, in one query."""
     if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name):
@@ -341,13 +369,21 @@ def parse_index(text: str) -> int:
     return int(text)
 
 
-def feature_record(session: Session, model_id: str, name: str, index: int) -> FeatureRecord:
-    """Return one feature with source, harvest and packed evidence, in one query. Raises NotInCatalog."""
+def feature_record(
+    session: Session, model_id: str, name: str, index: int, evidence: int | None = None
+) -> FeatureRecord:
+    """Return one feature with source, harvest and packed evidence, in one query. Raises NotInCatalog.
+
+    evidence is the id of one of the source's harvests; without it, the one shown by default is read. Density and
+    label in the feature's row are the default's: the blob has those of the other.
+    """
     if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name) and 0 <= index < 2**31:
+        shown = Harvest.id == Source.harvest_id
+        chosen = shown if evidence is None else (Harvest.id == evidence) & (Harvest.source_id == Source.id)
         row = session.execute(
-            select(Model, Source, Harvest, Corpus, Feature, Evidence.blob)
+            select(Model, Source, Harvest, Corpus, Feature, Evidence.blob, Evidence.effects)
             .join(Source, Source.model_id == Model.id)
-            .outerjoin(Harvest, Harvest.id == Source.harvest_id)
+            .outerjoin(Harvest, chosen)
             .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
             .outerjoin(Feature, (Feature.source_id == Source.id) & (Feature.index == index))
             .outerjoin(Evidence, (Evidence.harvest_id == Harvest.id) & (Evidence.index == index))
@@ -355,9 +391,15 @@ def feature_record(session: Session, model_id: str, name: str, index: int) -> Fe
         ).first()
         if row is not None and index < row[1].d_sae:
             source = _source(row[1])
+            harvest = _harvest(row[2], row[3])
+            if evidence is not None and harvest is None:
+                raise NotInCatalog(
+                    f"{source.path} has no evidence {evidence}; it may have been replaced.",
+                    [(f"{source.path}/{index}", f"{source.path}/{index}")],
+                )
             feature = cast("Feature | None", row[4])
-            shown = _row(feature) if feature else FeatureRow(index, "", 0.0, 0.0, "", "")
-            return FeatureRecord(card(row[0]), source, _harvest(row[2], row[3]), shown, row[5])
+            figures = _row(feature) if feature else FeatureRow(index, "", 0.0, 0.0, "", "")
+            return FeatureRecord(card(row[0]), source, harvest, figures, row[5], row[6])
         if row is not None:
             raise past_the_end(_source(row[1]), index)
     raise _unknown_source(session, model_id, name, index)
@@ -468,6 +510,9 @@ def _harvest(harvest: Harvest | None, corpus: Corpus | None) -> HarvestCard | No
         n_tokens=harvest.n_tokens,
         summary=harvest.summary,
         created_at=harvest.created_at.isoformat(),
+        state=harvest.state,
+        job_id=harvest.job_id,
+        activations=harvest.activations,
     )
 
 

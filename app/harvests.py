@@ -13,10 +13,11 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from app import evidence as blobs
+from app import matches
 from app.errors import BadInput, Conflict, NotFound
-from app.evidence import FeatureEvidence
+from app.evidence import Effect, FeatureEvidence
 from app.settings import Settings
-from app.tables import Evidence, Explanation, Feature, Harvest, Model, Source
+from app.tables import Evidence, Explanation, Feature, FeatureMap, Harvest, Model, Source
 from app.weights import SaeFacts, store_sae
 
 HEURISTIC = "heuristic"
@@ -34,6 +35,8 @@ class FeatureRecord:
     """The automatic label; empty for a dead feature."""
     top_token: str
     top_logit: str
+    effects: tuple[Effect, ...] | None = None
+    """Causal effects of its top examples; None where they were not measured."""
 
 
 def catalogue_sae(
@@ -112,7 +115,8 @@ def _forget_evidence(session: Session, source: Source) -> None:
     session.flush()
     harvests = select(Harvest.id).where(Harvest.source_id == source.id)
     session.execute(delete(Evidence).where(Evidence.harvest_id.in_(harvests)))
-    for table in (Harvest, Feature):
+    matches.forget(session, source.id)
+    for table in (Harvest, Feature, FeatureMap):
         session.execute(delete(table).where(table.source_id == source.id))
     session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
 
@@ -139,34 +143,57 @@ def source_named(session: Session, model_id: str, name: str) -> Source:
     return source
 
 
-def record(session: Session, source: Source, harvest: Harvest, features: Iterable[FeatureRecord]) -> Harvest:
-    """Write a harvest with all its features and make it the evidence shown for the source.
+def record(
+    session: Session, source: Source, harvest: Harvest, features: Iterable[FeatureRecord], *, show: bool = False
+) -> Harvest:
+    """Write a harvest with all its features; evidence of other corpora stays beside it.
 
-    Evidence of an earlier harvest of the same corpus is replaced; heuristic labels are too, other explanations stay.
+    Evidence of an earlier harvest of the same corpus is replaced and keeps its id, so that addresses go on leading to
+    it. The first evidence of a source is shown by default, and what replaces it; `show` makes any so. What is shown
+    sets the rows of feature lists and the heuristic labels; explanations by people and models stay.
     """
-    old = session.scalars(
-        select(Harvest.id).where(Harvest.source_id == source.id, Harvest.corpus_id == harvest.corpus_id)
-    ).all()
+    old = session.scalar(
+        select(Harvest).where(Harvest.source_id == source.id, Harvest.corpus_id == harvest.corpus_id).limit(1)
+    )
+    shown = show or source.harvest_id is None or (old is not None and old.id == source.harvest_id)
+    if old is not None:
+        session.execute(delete(Evidence).where(Evidence.harvest_id == old.id))
+        harvest.id = old.id
     harvest.source_id = source.id
-    session.add(harvest)
+    harvest = session.merge(harvest)
     session.flush()
+    if shown:
+        _clear_rows(session, source)
     labels = _human_labels(session, source)
+    for part in _chunks(features):
+        session.execute(insert(Evidence), [_evidence_row(harvest, f) for f in part])
+        if shown:
+            _write_rows(session, source, part, labels)
+    if shown:
+        session.execute(update(Source).where(Source.id == source.id).values(harvest_id=harvest.id))
+    return harvest
+
+
+def _clear_rows(session: Session, source: Source) -> None:
     session.execute(delete(Feature).where(Feature.source_id == source.id))
     session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
-    for part in _chunks(features):
-        session.execute(insert(Feature), [_feature_row(source, f, labels.get(f.index, f.label)) for f in part])
-        session.execute(
-            insert(Evidence),
-            [{"harvest_id": harvest.id, "index": f.index, "blob": blobs.pack(f.evidence)} for f in part],
-        )
-        labelled = [f for f in part if f.label]
-        if labelled:
-            session.execute(insert(Explanation), [_explanation_row(source, f) for f in labelled])
-    session.execute(update(Source).where(Source.id == source.id).values(harvest_id=harvest.id))
-    if old:
-        session.execute(delete(Evidence).where(Evidence.harvest_id.in_(old)))
-        session.execute(delete(Harvest).where(Harvest.id.in_(old)))
-    return harvest
+
+
+def _write_rows(session: Session, source: Source, part: list[FeatureRecord], labels: dict[int, str]) -> None:
+    session.execute(insert(Feature), [_feature_row(source, f, labels.get(f.index, f.label)) for f in part])
+    labelled = [f for f in part if f.label]
+    if labelled:
+        session.execute(insert(Explanation), [_explanation_row(source, f) for f in labelled])
+
+
+def _evidence_row(harvest: Harvest, feature: FeatureRecord) -> dict[str, Any]:
+    effects = None if feature.effects is None else blobs.pack_effects(feature.effects)
+    return {
+        "harvest_id": harvest.id,
+        "index": feature.index,
+        "blob": blobs.pack(feature.evidence),
+        "effects": effects,
+    }
 
 
 def _human_labels(session: Session, source: Source) -> dict[int, str]:

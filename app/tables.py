@@ -114,6 +114,12 @@ class Corpus(Table):
     created_at: Mapped[Moment]
 
 
+class HarvestState(StrEnum):
+    PARTIAL = "partial"
+    """Evidence of the shards read so far; it grows."""
+    COMPLETE = "complete"
+
+
 class Harvest(Table):
     """Evidence of one source from one corpus: what was read, and the distributions over all features."""
 
@@ -129,7 +135,12 @@ class Harvest(Table):
     n_tokens: Mapped[int] = mapped_column(BigInteger)
     """Tokens whose activations were counted (first positions excluded)."""
     summary: Mapped[Payload]
-    """Density histogram and other distributions over the SAE."""
+    """Density histogram and other distributions over the SAE; `progress` {done, total} in shards while partial."""
+    state: Mapped[str] = mapped_column(String(20), default=HarvestState.COMPLETE)
+    job_id: Mapped[int | None]
+    """The job that gathers or gathered it; None for imported evidence."""
+    activations: Mapped[Slug] = mapped_column(default="")
+    """Directory under activations/ where its sparse activations were kept; empty when they were not."""
     created_at: Mapped[Moment]
     corpus: Mapped[Corpus] = relationship(lazy="raise")
 
@@ -164,6 +175,45 @@ class Evidence(Table):
     harvest_id: Mapped[int] = mapped_column(ForeignKey("harvests.id"), primary_key=True)
     index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
     blob: Mapped[bytes] = mapped_column(LargeBinary)
+    effects: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """The causal effects of its top examples (evidence.unpack_effects); None where they were not measured."""
+
+
+class FeatureMap(Table):
+    """A 2-D map of a source's decoder directions (app.maps)."""
+
+    __tablename__ = "feature_maps"
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    sae_hash: Mapped[Hash]
+    """The weights it was drawn from."""
+    coordinates: Mapped[bytes] = mapped_column(LargeBinary)
+    """float32 LE [d_sae, 2]"""
+    cluster: Mapped[bytes] = mapped_column(LargeBinary)
+    """u16 LE [d_sae]; 65535 is no cluster."""
+    clusters: Mapped[list[dict[str, Any]]] = mapped_column(JSON)
+    """[{"name", "x", "y", "n"}], in the order of their numbers."""
+    about: Mapped[Payload]
+    """How it was made: method, seed, parameters."""
+    created_at: Mapped[Moment]
+
+
+class SourceMatch(Table):
+    """For every feature of a source the nearest features of another source of the same model (app.matches)."""
+
+    __tablename__ = "source_matches"
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    other_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    hashes: Mapped[Slug]
+    """Hash of both SAEs, `{source}:{other}`: a match of replaced weights is stale."""
+    n: Mapped[int]
+    """Nearest features of each."""
+    indices: Mapped[bytes] = mapped_column(LargeBinary)
+    """u32 LE [d_sae, n], nearest first"""
+    cosines: Mapped[bytes] = mapped_column(LargeBinary)
+    """float16 LE [d_sae, n]"""
+    created_at: Mapped[Moment]
 
 
 class Explanation(Table):
@@ -186,10 +236,13 @@ class JobState(StrEnum):
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    PAUSED = "paused"
+    """Stopped on request, to be resumed."""
 
     @property
     def ended(self) -> bool:
-        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+        """Nobody works on it, nor will without being asked to."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
 class Job(Table):
@@ -210,6 +263,7 @@ class Job(Table):
     result: Mapped[Payload]
     """Where the outcome is: {"url": ...}, metrics."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    pause_requested: Mapped[bool] = mapped_column(default=False)
     workflow_id: Mapped[Slug]
     executor: Mapped[str] = mapped_column(String(200), default="")
     """Which trainer works on it."""
@@ -226,6 +280,18 @@ class JobMetric(Table):
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     values: Mapped[Payload]
+
+
+class JobShare(Table):
+    """A part of a job's work that any trainer may do, claimed by one of them."""
+
+    __tablename__ = "job_shares"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
+    executor: Mapped[Slug]
+    """Whose it is; a silent trainer's share may be taken over."""
+    done: Mapped[bool] = mapped_column(default=False)
 
 
 class Beat(Table):

@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.evidence import VERSION, Example, FeatureEvidence, Interval, pack, unpack
+from app.evidence import (
+    VERSION,
+    Effect,
+    Example,
+    FeatureEvidence,
+    Interval,
+    Silent,
+    pack,
+    pack_effects,
+    read_varints,
+    unpack,
+    unpack_effects,
+    varints,
+)
 
 BLOB_1 = Path(__file__).parent / "evidence_v1.bin"
 
@@ -73,6 +86,19 @@ def evidences(draw: st.DrawFn) -> FeatureEvidence:
         cosines=np.linspace(1, 0, len(ids)),
         correlated=np.array(ids, dtype=np.int64),
         pearson=np.linspace(1, -1, len(ids)),
+        logits_mean=0.25,
+        logits_deviation=0.5,
+        logits_skew=-1.5,
+        logits_kurtosis=3.25,
+        silent=tuple(draw(st.lists(st.builds(Silent, st.integers(0, 2**32 - 1), st.integers(0, 4095)), max_size=5))),
+        hard_negatives=tuple(
+            draw(
+                st.lists(
+                    st.builds(Silent, st.integers(0, 9000), st.integers(0, 127), st.none() | st.integers(0, 2**20 - 1)),
+                    max_size=5,
+                )
+            )
+        ),
     )
 
 
@@ -90,6 +116,12 @@ def test_what_is_packed_comes_back_with_activations_exact_to_a_65535th_of_the_ma
     assert after.top_logit_ids.tolist() == before.top_logit_ids.tolist()
     np.testing.assert_allclose(after.pearson, before.pearson, atol=1e-3)
     _assert_same(after.top, before.top, before.max_act)
+    assert (after.silent, after.hard_negatives) == (before.silent, before.hard_negatives)
+    assert (after.logits_mean, after.logits_deviation) == (0.25, 0.5)
+    assert (after.logits_skew, after.logits_kurtosis) == (-1.5, 3.25)
+    tolerance = (before.logits_high - before.logits_low) / 131070 * 1.01
+    np.testing.assert_allclose(after.top_logits, before.top_logits, atol=tolerance)
+    np.testing.assert_allclose(after.bottom_logits, before.bottom_logits, atol=tolerance)
     assert len(after.intervals) == len(before.intervals)
     for mine, theirs in zip(after.intervals, before.intervals, strict=True):
         assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6)
@@ -120,7 +152,24 @@ def test_a_blob_of_version_1_written_long_ago_is_still_read() -> None:
     assert after.neighbours.tolist() == [9, 4]
 
 
-def test_a_feature_with_forty_examples_stays_below_two_kilobytes() -> None:
+@given(st.lists(st.integers(0, 2**62), max_size=50))
+def test_whole_numbers_of_any_size_come_back(numbers: list[int]) -> None:
+    assert read_varints(varints(np.array(numbers, dtype=np.uint64))).tolist() == numbers
+
+
+def test_causal_effects_come_back_with_every_token() -> None:
+    before = (
+        Effect(9, 3, 1.25, 0.5, ((49151, 0.25), (7, 0.125)), ()),
+        Effect(2**31, 126, float("nan"), 0.0, (), ((300, -0.5),)),
+    )
+    after = unpack_effects(pack_effects(before))
+    assert str(after) == str(before)
+    assert unpack_effects(pack_effects(())) == ()
+    with pytest.raises(ValueError, match="effects of version 7"):
+        unpack_effects(b"SAEC\x07")
+
+
+def test_a_feature_with_forty_five_examples_stays_below_one_and_a_half_kilobytes() -> None:
     rng = np.random.default_rng(0)
 
     def sample() -> Example:
@@ -148,12 +197,15 @@ def test_a_feature_with_forty_examples_stays_below_two_kilobytes() -> None:
         correlated=rng.integers(0, 4096, 10),
         pearson=rng.random(10),
     )
-    assert len(pack(full)) < 2000
+    assert len(pack(full)) < 1500
 
 
 @pytest.mark.parametrize(
     ("blob", "message"),
-    [(b"SAEV\x02rest", f"version 2; this SAE Atlas reads version {VERSION}"), (b"PK\x03\x04", "not an evidence blob")],
+    [
+        (b"SAEV\x09rest", f"version 9; this SAE Atlas reads versions 1 to {VERSION}"),
+        (b"PK\x03\x04", "not an evidence blob"),
+    ],
 )
 def test_an_unknown_blob_is_refused(blob: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
