@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import http.client
 import ipaddress
 import os
@@ -26,7 +25,7 @@ from typing import IO
 
 import structlog
 
-from app import db, log
+from app import db, lockfile, log
 from app.errors import BadInput, Conflict
 from app.settings import Settings
 
@@ -309,17 +308,10 @@ def _address_written(settings: Settings) -> Generator[None]:
 
 def _lock(settings: Settings) -> IO[str]:
     """Hold the data directory's supervisor lock: a second set of processes would fight over socket and slot."""
-    path = settings.data_dir / "run" / "serve.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise Conflict(
-            f"SAE Atlas runs already on {settings.data_dir}. Stop it first, or set another SAE_ATLAS_DATA_DIR."
-        ) from None
-    return lock
+    return lockfile.hold(
+        settings.data_dir / "run" / "serve.lock",
+        f"SAE Atlas runs already on {settings.data_dir}. Stop it first, or set another SAE_ATLAS_DATA_DIR.",
+    )
 
 
 def _die_with_parent() -> Callable[[], None] | None:

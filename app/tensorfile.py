@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -91,28 +91,37 @@ def read_header(path: Path, size: int, types: Mapping[str, int] = FLOATS) -> tup
         if 8 + length > size:
             raise BadFile(f"{what} is cut off: the header claims {length:,} bytes, {size - 8:,} follow.")
         raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-    except RecursionError:
-        raise BadFile(f"{what}: the header is nested too deeply.") from None
-    except ValueError as error:
-        raise BadFile(f"{what}: the header is not JSON: {error}.") from None
-    if not isinstance(header, dict):
-        raise BadFile(f"{what}: the header holds a {type(header).__name__}; it must hold an object.")
-    entries = cast(_Json, header)
+    entries = json_object(raw, f"{what}: the header")
     tensors = [_entry(what, name, entry, types) for name, entry in entries.items() if name != "__metadata__"]
     tensors.sort(key=lambda t: (t.begin, t.end))
     _check_layout(what, tensors, size - 8 - length)
     return tensors, 8 + length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> _Json:
-    found: _Json = {}
-    for key, value in pairs:
-        if key in found:
-            raise BadFile(f"The header of the safetensors file names {key[:80]!r} twice.")
-        found[key] = value
-    return found
+def json_object(raw: str | bytes, what: str) -> _Json:
+    """Parse JSON that must hold an object, no key twice, no NaN, no endless nesting. Raises BadFile about `what`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> _Json:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise BadFile(f"{what} names {twice[:80]!r} twice.")
+        return found
+
+    try:
+        found = json.loads(raw, object_pairs_hook=unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise BadFile(f"{what} is nested too deeply; 3 levels are usual.") from None
+    except ValueError as error:
+        raise BadFile(f"{what} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise BadFile(f"{what} holds a {type(found).__name__}; it must hold an object.")
+    return cast(_Json, found)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _entry(what: str, name: str, entry: Any, types: Mapping[str, int]) -> Entry:

@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from app.errors import BadFile
 from app.settings import Settings
-from app.tensorfile import FLOATS, Entry, chunks, first_not_finite, read_header
+from app.tensorfile import FLOATS, Entry, chunks, first_not_finite, json_object, read_header
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 MAX_CONFIG_BYTES = 2**20
@@ -89,7 +89,7 @@ def check_sae(directory: Path, d_model: int | None, settings: Settings, progress
     """Judge an SAE directory; d_model is that of the model it is for, None when unknown. Raises BadFile."""
     weights = _weights_file(directory)
     raw = _config_text(directory / CONFIG)
-    given = _parse(raw)
+    given = json_object(raw, CONFIG)
     _refuse_places(given)
     modern = isinstance(given.get("metadata"), dict) and "hook_name" in given["metadata"]
     config = given if modern else modernised(given)
@@ -144,7 +144,7 @@ def _weights_file(directory: Path) -> Path:
 
 def read_json(path: Path) -> _Json:
     """Return the object of a small JSON file, whatever its name. Raises BadFile."""
-    return _parse(_config_text(path), path.name)
+    return json_object(_config_text(path), path.name)
 
 
 def _config_text(path: Path) -> str:
@@ -157,22 +157,6 @@ def _config_text(path: Path) -> str:
         raise BadFile(
             f"{path.name} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}."
         ) from None
-
-
-def _parse(raw: str, file: str = CONFIG) -> _Json:
-    try:
-        config = json.loads(raw, parse_constant=_no_constant)
-    except RecursionError:
-        raise BadFile(f"{file} is nested too deeply; an SAE's config has 3 levels.") from None
-    except ValueError as error:
-        raise BadFile(f"{file} is not JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise BadFile(f"{file} holds a {type(config).__name__}; it must hold an object.")
-    return cast(_Json, config)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _refuse_places(config: _Json) -> None:

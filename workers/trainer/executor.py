@@ -10,7 +10,6 @@ its pickle loaded. Here the pickle deserialiser raises, and the row ends as an e
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -32,8 +31,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, log
-from app.errors import AtlasError, Conflict
+from app import db, lockfile, log
+from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
 from workers.trainer import kinds
@@ -363,17 +362,10 @@ def _leave(sessions: sessionmaker[Session], executor: str) -> None:
 
 def _take_slot(settings: Settings) -> IO[str]:
     """Lock this slot for the life of the process, so that no two trainers share an executor id."""
-    path = settings.data_dir / "run" / f"trainer-{settings.slot}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise Conflict(
-            f"A trainer runs in slot {settings.slot} already. For a second one set SAE_ATLAS_SLOT={settings.slot + 1}."
-        ) from None
-    return lock
+    return lockfile.hold(
+        settings.data_dir / "run" / f"trainer-{settings.slot}.lock",
+        f"A trainer runs in slot {settings.slot} already. For a second one set SAE_ATLAS_SLOT={settings.slot + 1}.",
+    )
 
 
 def _prepare_file(url: str) -> None:
