@@ -21,6 +21,8 @@ export function mount() {
     form.querySelectorAll("input[type=file]").forEach((input) => input !== event.target && (input.value = ""));
     choose(event.target.files);
   });
+  // Files chosen before this script arrived, or kept by the browser over a reload.
+  form.querySelectorAll("input[type=file]").forEach((input) => input.files.length && choose(input.files));
   part("drop").addEventListener("dragover", (event) => event.preventDefault());
   part("drop").addEventListener("drop", async (event) => {
     event.preventDefault();
