@@ -19,15 +19,27 @@ from pydantic_core import PydanticSerializationError
 
 from app.errors import BY_STATUS, AtlasError, BadInput, Busy, Unavailable
 from app.protocol import (
+    AblateReply,
+    AblateRequest,
+    AttributeReply,
+    AttributeRequest,
+    ChatReply,
+    ChatRequest,
     EncodeReply,
     EncodeRequest,
     End,
+    FaithfulReply,
+    FaithfulRequest,
     GenerateRequest,
+    GradientReply,
+    GradientRequest,
     Loading,
     LoadReply,
     LoadRequest,
     Message,
     ModelRef,
+    PredictReply,
+    PredictRequest,
     SaeActs,
     SaeRef,
     Start,
@@ -85,6 +97,24 @@ class Worker:
             for text in answer["texts"]
         ]
         return EncodeReply.model_construct(texts=texts)
+
+    async def predict(self, request: PredictRequest) -> PredictReply:
+        return PredictReply.model_validate(await self._call("/predict", request))
+
+    async def attribute(self, request: AttributeRequest) -> AttributeReply:
+        return AttributeReply.model_validate(await self._call("/attribute", request))
+
+    async def gradient(self, request: GradientRequest) -> GradientReply:
+        return GradientReply.model_validate(await self._call("/gradient", request))
+
+    async def ablate(self, request: AblateRequest) -> AblateReply:
+        return AblateReply.model_validate(await self._call("/ablate", request))
+
+    async def faithful(self, request: FaithfulRequest) -> FaithfulReply:
+        return FaithfulReply.model_validate(await self._call("/faithful", request))
+
+    async def chat(self, request: ChatRequest) -> ChatReply:
+        return ChatReply.model_validate(await self._call("/chat", request))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Start | Token | End]:
         """Yield a run's events as they come. Closing the iterator closes the connection, which ends the run."""

@@ -3,6 +3,12 @@
     POST /load       LoadRequest      -> LoadReply
     POST /tokenize   TokenizeRequest  -> TokenizeReply
     POST /encode     EncodeRequest    -> EncodeReply
+    POST /predict    PredictRequest    -> PredictReply
+    POST /attribute  AttributeRequest  -> AttributeReply
+    POST /gradient   GradientRequest   -> GradientReply
+    POST /ablate     AblateRequest     -> AblateReply
+    POST /faithful   FaithfulRequest   -> FaithfulReply
+    POST /chat       ChatRequest       -> ChatReply
     POST /generate   GenerateRequest  -> NDJSON of Start, Token, End; closing the connection cancels
     GET  /status                      -> WorkerStatus
 
@@ -129,6 +135,157 @@ class TextActs(Message):
 
 class EncodeReply(Message):
     texts: list[TextActs]
+
+
+class TextRef(Message):
+    """One text in one model: what the requests below are about."""
+
+    model: ModelRef
+    text: str
+    prepend_bos: bool = True
+
+
+class PredictRequest(TextRef):
+    top_k: int = Field(default=5, ge=1, le=100)
+    position: int | None = None
+    """One position alone; None means all."""
+
+
+class Prediction(Message):
+    """What the model expects after a position."""
+
+    ids: list[int]
+    """The likeliest next tokens, likeliest first."""
+    probabilities: list[float]
+    logits: list[float]
+    loss: float | None
+    """Nats that the token which does come next costs; None after the last."""
+
+
+class PredictReply(Message):
+    ids: list[int]
+    positions: list[Prediction]
+
+
+class Target(Message):
+    """A logit at a position, or the difference of two."""
+
+    position: int
+    token: int
+    against: int | None = None
+
+
+class AttributeRequest(TextRef):
+    """Which active features of an SAE at the target's position write how much of the logit, past later layers."""
+
+    sae: SaeRef
+    target: Target
+    top_k: int = Field(default=50, ge=1, le=1000)
+
+
+class Contribution(Message):
+    latent: int
+    activation: float
+    value: float
+
+
+class AttributeReply(Message):
+    """Terms of the (uncapped) logit: features + rest + bias + error + elsewhere + constant = logit."""
+
+    ids: list[int]
+    logit: float
+    """Of the token, less that of `against`; before a cap on logits, and in float32."""
+    capped: float
+    """As the model gives it."""
+    features: list[Contribution]
+    """The strongest, by size."""
+    rest: float
+    """All other active features together."""
+    n_rest: int
+    bias: float
+    """b_dec, and what undoes a normalisation or skips a transcoder."""
+    error: float
+    """What the SAE misses of the tensor at its hook."""
+    elsewhere: float
+    """Everything else that is written to the residual stream: later layers, for an SAE of the stream itself."""
+    constant: float
+    """Biases of the final norm and of the unembedding."""
+
+
+class GradientRequest(TextRef):
+    """gradient x activation: to first order, what every activation at any position does to a logit or to the loss."""
+
+    sae: SaeRef
+    target: Target | None = None
+    """None means the mean loss of the text."""
+    top_k: int = Field(default=50, ge=1, le=1000)
+
+
+class GradientReply(Message):
+    ids: list[int]
+    value: float
+    """The logit, difference or loss itself."""
+    positions: list[tuple[int, int, float, float]]
+    """(position, latent, activation, effect), largest effects first."""
+    latents: list[tuple[int, float]]
+    """(latent, effect summed over positions), largest first."""
+
+
+class AblateRequest(TextRef):
+    """Take one feature's writing out, everywhere or at one position, and run the model again."""
+
+    sae: SaeRef
+    latent: int
+    target: Target
+    position: int | None = None
+
+
+class AblateReply(Message):
+    before: float
+    after: float
+    direct: float | None
+    """Estimate of before - after by direct attribution; None where the SAE has no direct path to the logits."""
+    gradient: float
+    """Estimate of before - after by gradient x activation."""
+    loss_before: float
+    loss_after: float
+    n_active: int
+    """Positions where the feature was active and taken out."""
+
+
+class FaithfulRequest(TextRef):
+    sae: SaeRef
+
+
+class FaithfulReply(Message):
+    """How much of a text survives the SAE; the first position is in no figure and stays as it is when spliced."""
+
+    n_tokens: int
+    explained_variance: float
+    cosine: float
+    l0: float
+    loss_clean: float
+    loss_spliced: float
+    loss_ablated: float
+    """Mean nats a token, with zeros at the hook."""
+
+
+class ChatMessage(Message):
+    role: str
+    content: str
+
+
+class ChatRequest(Message):
+    """Write messages out as the model's chat template has them."""
+
+    model: ModelRef
+    messages: list[ChatMessage]
+    add_generation_prompt: bool = True
+
+
+class ChatReply(Message):
+    text: str
+    """Without a beginning-of-text token, which `prepend_bos` adds."""
 
 
 class SteerMethod(StrEnum):

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -82,27 +83,30 @@ def save_tiny_model(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def save_tiny_sae(directory: Path, architecture: str, seed: int) -> None:
+def save_tiny_sae(
+    directory: Path, architecture: str, seed: int, hook: str = HOOK, d_in: int = D_IN, scale: float = 1.0, **more: Any
+) -> None:
+    """Random weights; `scale` shrinks what activations write, `more` goes into the config."""
     generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(D_SAE, D_IN, generator=generator)
+    W_dec = torch.randn(D_SAE, d_in, generator=generator)
     tensors = {
-        "W_enc": W_dec.T.clone() + 0.1 * torch.randn(D_IN, D_SAE, generator=generator),
+        "W_enc": W_dec.T.clone() + 0.1 * torch.randn(d_in, D_SAE, generator=generator),
         "b_enc": 0.1 * torch.randn(D_SAE, generator=generator),
-        "W_dec": W_dec,
-        "b_dec": 0.1 * torch.randn(D_IN, generator=generator),
+        "W_dec": W_dec * scale,
+        "b_dec": 0.1 * torch.randn(d_in, generator=generator),
     }
     config = {
         "architecture": architecture,
-        "d_in": D_IN,
+        "d_in": d_in,
         "d_sae": D_SAE,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"hook_name": HOOK, "model_name": "tiny"},
+        "metadata": {"hook_name": hook, "model_name": "tiny"},
     } | ({"k": K, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {})
-    save_sae(directory, config, tensors)
+    save_sae(directory, config | more, tensors)
 
 
 class WorkerProcess:

@@ -115,6 +115,24 @@ class LanguageModel:
         bos = self.card.bos_token_id
         return [bos, *ids] if prepend_bos and bos is not None else ids
 
+    def chat(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
+        """Write (role, content) messages out as the model's chat template has them, without a first BOS token.
+
+        Raises BadInput where there is no template, or where it refuses these roles.
+        """
+        if not self.card.has_chat_template:
+            raise BadInput(f"{self.card.id} has no chat template; paste the text as it is.")
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program of the model's author and raises what it likes
+            raise BadInput(f"The chat template of {self.card.id} refuses these messages: {str(error)[:300]}") from None
+        bos = self.tokenizer.bos_token
+        first = self.card.bos_token_id is not None and bos and self.tokenizer.bos_token_id == self.card.bos_token_id
+        return text.removeprefix(bos) if first else text
+
     def bos_for(self, config: Mapping[str, Any]) -> int | None:
         """The token before every text read with an SAE of this config: the model's, unless it was trained without."""
         return None if (config.get("metadata") or {}).get("prepend_bos") is False else self.card.bos_token_id
@@ -190,6 +208,39 @@ class LanguageModel:
 
     def unembedding(self) -> Float[Tensor, "d_vocab d_model"]:
         return self.hf.get_output_embeddings().weight
+
+    def unembed(self, normed: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Return logits of what the final norm gives, with the scale and the cap that some architectures have."""
+        return self.cap(self.hf.get_output_embeddings()(normed) * self.logit_scale)
+
+    @property
+    def logit_scale(self) -> float:
+        """What Cohere multiplies and Granite divides logits by."""
+        config: Any = self.hf.config
+        return float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Gemma 2 bounds logits by a tanh; others leave them as they are."""
+        most = getattr(self.hf.config, "final_logit_softcapping", None)
+        return logits if not most else most * torch.tanh(logits / most)
+
+    def final_residual(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Return the residual stream as the final norm reads it."""
+        seen: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self.final_norm().register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            with suppress(_Stop):
+                self.body(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0]
 
     def hook_kinds(self) -> list[str]:
         """The kinds of hooks this architecture has, in order of evaluation."""

@@ -129,11 +129,9 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
     texts = texts_of(settings, body.text)
     model, source = await run_in_threadpool(_find, session, settings, body.modelId, body.source)
     sparse = 0 < body.densityThreshold < 1
-    wanted = SaeQuery(
-        sae=catalog.sae_ref(settings, source),
-        # Some of the strongest will be filtered out; more of them are asked for then.
-        top_k=min(source.d_sae, body.numResults * (4 if sparse else 1)),
-    )
+    wanted = SaeQuery(sae=catalog.sae_ref(settings, source), top_k=min(source.d_sae, body.numResults))
+    if sparse:  # any number of the strongest may be dense
+        wanted = _all_active(settings, source)
     answers = await _encode(settings, worker, [source], texts, [wanted])
     rows: dict[int, FeatureRow] | None = None
     if sparse:

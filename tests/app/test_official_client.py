@@ -13,6 +13,7 @@ from neuronpedia.np_feature import SteerFeature
 from neuronpedia.np_vector import NPVector
 from neuronpedia.requests.activation_request import ActivationRequest
 from neuronpedia.requests.base_request import NPRequest
+from neuronpedia.requests.source_activation_request import SourceActivationRequest
 from neuronpedia.requests.steer_request import SteerCompletionRequest
 from neuronpedia.requests.topk_by_token_request import TopKByTokenRequest
 
@@ -50,6 +51,21 @@ def test_top_features_by_token() -> None:
     several = request.compute_top_features_by_token_for_texts("tiny", "1-topk", [TEXT, "rain"], num_results=3)
     assert [r.token for r in several[0]] == [r.token for r in results]
     assert [len(r.topFeatures) for r in several[1]] == [3] * len(several[1])
+
+
+def test_top_features_of_texts_in_a_source_set() -> None:
+    request = SourceActivationRequest()
+    found = request.compute_top_features_for_text("tiny", "1-topk", TEXT, num_results=4)
+    assert len(found) == 4
+    assert "".join(found[0].tokens) == "<bos>" + TEXT
+    assert [max(a.values) for a in found] == sorted((max(a.values) for a in found), reverse=True)
+    at_two = request.compute_top_features_for_text(
+        "tiny", ["1-topk"], TEXT, sort_results_by_activations_at_token_indexes=[2], density_threshold=0.01
+    )
+    assert all(int(a.index) % 2 and a.values[2] > 0 for a in at_two)
+    several = request.compute_top_features_for_texts("tiny", "1-topk", [TEXT, "rain"], num_results=4)
+    assert [a.values for a in several[0]] == [a.values for a in found]
+    assert {len(a.tokens) for a in several[1]} == {len(several[1][0].values)}
 
 
 def test_steering_by_features_and_by_vectors() -> None:

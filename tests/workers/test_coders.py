@@ -176,3 +176,10 @@ def test_sixteen_bit_weights_are_read_by_sae_lens_too(tmp_path: Path) -> None:
     ours, theirs = load_sae(tmp_path), SAE.load_from_disk(str(tmp_path))
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(inputs()), theirs.encode(inputs()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_latents_write_and_what_is_written_without_them_add_up(pair: tuple[Coder, SAE[Any]]) -> None:
+    ours, _ = pair
+    x = inputs()
+    active, writes, without = ours.parts(x)
+    assert apart(without.index_add(0, active.rows, writes), ours.reconstruct(x)) < 1e-5

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -25,17 +26,26 @@ from starlette.routing import Route
 from app import log
 from app.errors import AtlasError, BadInput
 from app.protocol import (
+    AblateRequest,
+    AttributeRequest,
+    ChatRequest,
     EncodeRequest,
     End,
+    FaithfulRequest,
     GenerateRequest,
+    GradientRequest,
     LoadReply,
     LoadRequest,
+    PredictRequest,
     SaeRef,
     Start,
+    Target,
+    TextRef,
     TokenizeRequest,
     WorkerStatus,
 )
 from app.settings import Settings
+from workers.gpu import attribution
 from workers.gpu.encoding import Text
 from workers.gpu.generation import Generation, NotFinite, edits_of
 from workers.gpu.lane import Lane
@@ -84,6 +94,12 @@ def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
         Route("/load", _answering(worker, load), methods=["POST"]),
         Route("/tokenize", _answering(worker, tokenize), methods=["POST"]),
         Route("/encode", _answering(worker, encode), methods=["POST"]),
+        Route("/predict", _answering(worker, predict), methods=["POST"]),
+        Route("/attribute", _answering(worker, attribute), methods=["POST"]),
+        Route("/gradient", _answering(worker, gradient), methods=["POST"]),
+        Route("/ablate", _answering(worker, ablate), methods=["POST"]),
+        Route("/faithful", _answering(worker, faithful), methods=["POST"]),
+        Route("/chat", _answering(worker, chat), methods=["POST"]),
         Route("/generate", _answering(worker, generate), methods=["POST"]),
         Route("/status", _answering(worker, status)),
     ]
@@ -135,6 +151,87 @@ async def encode(worker: Worker, request: Request) -> Response:
     return _json(
         {"texts": [{"ids": row, "saes": [_plain(a) for a in acts]} for row, acts in zip(rows, answers, strict=True)]}
     )
+
+
+async def predict(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, PredictRequest)
+    async with _one_text(worker, asked) as (held, ids):
+        position = asked.position
+        if position is not None:
+            _check_position(ids, position)
+        work = partial(attribution.predict, held.language, ids, asked.top_k, position)
+        found = await worker.lane.compute(work, worker.settings.request_seconds)
+    return _json({"ids": ids, "positions": [_plain(p) for p in found]})
+
+
+async def attribute(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, AttributeRequest)
+    async with _one_text(worker, asked, asked.sae, asked.target) as (held, ids):
+        coder = held.saes[asked.sae.path]
+        work = partial(attribution.attribute, held.language, coder, ids, asked.target, asked.top_k)
+        return _json((await worker.lane.compute(work, worker.settings.request_seconds)).model_dump())
+
+
+async def gradient(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, GradientRequest)
+    async with _one_text(worker, asked, asked.sae, asked.target) as (held, ids):
+        if asked.target is None and len(ids) < 2:
+            raise BadInput("The text is one token; a loss needs two.")
+        coder = held.saes[asked.sae.path]
+        work = partial(attribution.gradient, held.language, coder, ids, asked.target, asked.top_k)
+        return _json(_plain(await worker.lane.compute(work, worker.settings.request_seconds)))
+
+
+async def ablate(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, AblateRequest)
+    async with _one_text(worker, asked, asked.sae, asked.target) as (held, ids):
+        _check_fits(held, [(asked.sae, asked.latent)])
+        if asked.position is not None:
+            _check_position(ids, asked.position)
+        coder = held.saes[asked.sae.path]
+        work = partial(attribution.ablate, held.language, coder, ids, asked.latent, asked.target, asked.position)
+        return _json((await worker.lane.compute(work, worker.settings.request_seconds)).model_dump())
+
+
+async def faithful(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, FaithfulRequest)
+    async with _one_text(worker, asked, asked.sae) as (held, ids):
+        work = partial(attribution.faithful, held.language, held.saes[asked.sae.path], ids)
+        return _json((await worker.lane.compute(work, worker.settings.request_seconds)).model_dump())
+
+
+@asynccontextmanager
+async def _one_text(
+    worker: Worker, asked: TextRef, sae: SaeRef | None = None, target: Target | None = None
+) -> AsyncIterator[tuple[Held, list[int]]]:
+    """Hold what a request about one text needs, with everything checked that can be refused."""
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, [sae] if sae else []) as held:
+            [ids] = rows = await asyncio.to_thread(_ids, held.language, [asked.text], asked.prepend_bos)
+            _check_lengths(rows, min(worker.settings.max_text_tokens, held.language.card.n_ctx), asked.model.id)
+            if sae is not None:
+                _check_fits(held, [(sae, 0)])
+            if target is not None:
+                _check_position(ids, target.position)
+                n = held.language.card.d_vocab
+                for token in (target.token, target.against):
+                    if token is not None and not 0 <= token < n:
+                        raise BadInput(f"Token {token} does not exist; {asked.model.id} has 0 to {n - 1}.")
+            yield held, ids
+
+
+def _check_position(ids: list[int], position: int) -> None:
+    if not 0 <= position < len(ids):
+        raise BadInput(f"Position {position} does not exist; the text has 0 to {len(ids) - 1}.")
+
+
+async def chat(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, ChatRequest)
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, []) as held:
+            messages = [(m.role, m.content) for m in asked.messages]
+            text = await asyncio.to_thread(held.language.chat, messages, asked.add_generation_prompt)
+    return _json({"text": text})
 
 
 async def generate(worker: Worker, request: Request) -> Response:

@@ -149,6 +149,38 @@ class Coder:
             case _:
                 return x_hat
 
+    def parts(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Sparse, Float[Tensor, "n d_out"], Float[Tensor, "batch d_out"]]:
+        """Take the reconstruction of x apart: active latents, what each writes, and what is written without any.
+
+        Summed by row they are `reconstruct(x)`: decoder rows with whatever undoes the normalisation, and the biases.
+        """
+        active = self.encode_sparse(x)
+        writes = self.writes(x, active)
+        return active, writes, self._without_latents(x)
+
+    def writes(self, x: Float[Tensor, "batch d_in"], active: Sparse) -> Float[Tensor, "n d_out"]:
+        """Return what each activation adds to the reconstruction of its row."""
+        values = active.values
+        if self.switches.rescale_acts_by_decoder_norm:
+            values = values / self._decoder_norms()[active.latents]
+        return (values * self._output_scale(x)[active.rows, 0])[:, None] * self.W_dec[active.latents]
+
+    def _output_scale(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch 1"]:
+        """Return what the decoded row is multiplied by to undo the normalisation of the input."""
+        match self.switches.normalize_activations:
+            case "constant_norm_rescale":
+                return x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            case "layer_norm":
+                return _moments(x)[1]
+            case _:
+                return torch.ones_like(x[:, :1])
+
+    def _without_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        bias = self.b_dec * self._output_scale(x)
+        return bias + _moments(x)[0] if self.switches.normalize_activations == "layer_norm" else bias
+
     def error(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
@@ -290,6 +322,14 @@ class TranscoderCoder(Coder):
 
     def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
         return pre_acts.relu()
+
+    def _output_scale(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x[:, :1])
+
+    def _without_latents(self, x: Tensor) -> Tensor:
+        bias = self.b_dec.expand(len(x), -1)
+        W_skip = self.tensors.get("W_skip")
+        return bias if W_skip is None else bias + x.to(W_skip.dtype) @ W_skip.T
 
     def _subtracts_b_dec(self) -> bool:
         return False
