@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -25,6 +26,7 @@ from app import (
     corpora,
     db,
     doctor,
+    documents,
     formats,
     harvests,
     hub,
@@ -390,26 +392,107 @@ def show_sae(source: ModelSource) -> None:
 
 @_groups["corpus"].command("add")
 def add_corpus(
-    file: Annotated[Path, typer.Argument(help="A .txt or .jsonl file, the latter plain or as .xz or .zst.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="Text, JSONL or parquet file (also .xz, .zst, .gz), or a directory of them.")
+    ] = None,
     name: Annotated[str, typer.Option(help="Its name in the catalog; the file's name otherwise.")] = "",
-    about: Annotated[str, typer.Option(help="Where it comes from and under which licence.")] = "",
+    about: Annotated[str, typer.Option(help="Where it comes from.")] = "",
+    licence: Annotated[str, typer.Option(help="Licence of the text.")] = "",
+    hf: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Dataset on the Hugging Face hub instead.")] = "",
+    config: Annotated[str, typer.Option(help="Configuration of that dataset.")] = "",
+    split: Annotated[str, typer.Option(help="Split of that dataset.")] = "train",
+    text: Annotated[
+        str, typer.Option("--text-field", "--text-column", help="Field or column that holds the text.")
+    ] = "text",
+    title: Annotated[str, typer.Option("--title-column", help="Field of a title that examples show.")] = "",
+    source: Annotated[str, typer.Option("--source-column", help="Field that says where a document is from.")] = "",
+    max_documents: Annotated[int, typer.Option(min=0, help="Stop after so many documents; 0 reads all.")] = 0,
+    max_chars: Annotated[int, typer.Option(min=0, help="Stop after so many characters; 0 reads all.")] = 0,
 ) -> None:
     """Store a text corpus."""
     settings = Settings()
+    if (path is None) == (not hf):
+        raise BadInput("Give a file or directory, or --hf OWNER/NAME: one of the two.")
+    columns = documents.Columns(text, title, source)
+    if path is not None:
+        reading, usual = documents.read(path, columns), documents.plain_name(path.resolve())
+        origin: dict[str, Any] = {"added_from": path.resolve().name}
+    else:
+        wanted = documents.Dataset(hf, config, split).checked()
+        if not (max_documents or max_chars):
+            raise BadInput("A dataset of the hub may be terabytes: give --max-documents or --max-chars.")
+        reading, usual = documents.read_dataset(wanted, columns), hf.rpartition("/")[2]
+        origin = {"hf_dataset": hf, "config": config, "split": split}
+    origin |= {"text_field": text, "max_documents": max_documents, "max_chars": max_chars}
+    limits = documents.Limits(max_documents, max_chars, settings.max_corpus_bytes)
     with _session(settings) as session, _progress() as report:
-        corpus = corpora.add_corpus(session, settings, file, name or file.name.partition(".")[0], about, report)
+        corpus = corpora.add_corpus(
+            session,
+            settings,
+            reading,
+            name or usual,
+            about=about,
+            licence=licence,
+            origin={key: value for key, value in origin.items() if value},
+            limits=limits,
+            report=report,
+        )
         line = f"Corpus {corpus.name}: {corpus.n_documents:,} documents, {corpus.n_chars:,} characters."
-    _out.print(line)
+        if corpus.name != (name or usual):
+            line = f"The catalog holds this text already. {line}"
+    _out.print(escape(line), soft_wrap=True)
 
 
 @_groups["corpus"].command("list")
 def list_corpora() -> None:
     """List the corpora of the catalog."""
-    table = _list("name", "documents", "characters", "about")
-    with _session(Settings()) as session:
+    table = _list("name", "documents", "characters", "MiB on disk", "licence", "about")
+    settings = Settings()
+    with _session(settings) as session:
         for c in corpora.corpora(session):
-            table.add_row(c.name, f"{c.n_documents:,}", f"{c.n_chars:,}", escape(c.about[:80]))
+            size = f"{corpora.n_bytes(settings, c) / 2**20:,.1f}"
+            about = escape(c.about[:80])
+            table.add_row(c.name, f"{c.n_documents:,}", f"{c.n_chars:,}", size, escape(c.licence[:80]), about)
     _out.print(table)
+
+
+@_groups["corpus"].command("show")
+def show_corpus(name: str) -> None:
+    """Show one corpus: its size, licence, origin, who uses it, and how its first documents begin."""
+    settings = Settings()
+    with _session(settings) as session:
+        corpus = corpora.corpus_named(session, name)
+        users = corpora.used_by(session, corpus)
+    table = Table("", "", box=None, show_header=False)
+    for key, value in {
+        "name": corpus.name,
+        "hash": corpus.hash,
+        "documents": f"{corpus.n_documents:,}",
+        "characters": f"{corpus.n_chars:,}",
+        "on disk": f"{corpora.n_bytes(settings, corpus):,} bytes",
+        "licence": corpus.licence or "not said",
+        "about": corpus.about or "nothing",
+        "evidence of": ", ".join(users) or "no SAE",
+        **{f"origin.{key}": value for key, value in corpus.origin.items()},
+    }.items():
+        table.add_row(key, escape(str(value)))
+    _out.print(table)
+    if corpora.has_text(settings, corpus):
+        for document in itertools.islice(corpora.documents(settings.corpus_dir(corpus.hash)), 3):
+            start = " ".join(document.text[:200].split())
+            _out.print(f"[bold]{escape(document.title) or 'untitled'}[/]  {escape(start)}", soft_wrap=True)
+
+
+@_groups["corpus"].command("remove")
+def remove_corpus(name: str, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Delete a corpus and its token streams. One whose tokens some evidence shows is kept."""
+    settings = Settings()
+    if not yes and not typer.confirm(f"Delete corpus {name}?"):
+        raise typer.Exit(1)
+    with _session(settings) as session:
+        left = corpora.remove_corpus(session, settings, name)
+    corpora.delete_files(left)
+    _out.print(f"Removed corpus {escape(name)}.")
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------

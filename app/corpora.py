@@ -6,6 +6,9 @@
 
 Documents follow each other with one separator token between them; no BOS inside. A context is a BOS token (where the
 model has one) and the next context_size - 1 tokens of the stream, so one stream serves every context size.
+
+Evidence that was imported without its corpus has a stream of its own: a context an example, padded to one size, with
+"lengths" in documents.json and its own vocabulary.json, since its tokens are known as strings only.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ import bisect
 import hashlib
 import io
 import json
-import lzma
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +33,14 @@ import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.errors import BadFile, Conflict, NotFound
+from app.documents import Columns, Document, Limits, Reading, Report, bounded, numbered_lines, parse_lines
+from app.errors import BadFile, BadInput, Conflict, NotFound
 from app.settings import Settings
-from app.tables import Corpus
+from app.tables import Corpus, Harvest, Source
 
 DOCUMENTS = "documents.jsonl.zst"
-Report = Callable[[float, str], None]
-
-
-@dataclass(frozen=True)
-class Document:
-    title: str
-    source: str
-    text: str
+VOCABULARY = "vocabulary.json"
+_CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class Stream:
     """Offset in tokens at which each document begins."""
     titles: list[str]
     sources: list[str]
+    lengths: list[int] = field(default_factory=list[int])
+    """Tokens of each context before its padding; empty where contexts are cut from running text."""
 
     @classmethod
     def open(cls, directory: Path) -> Stream:
@@ -65,7 +65,8 @@ class Stream:
 
     def context(self, row: int, context_size: int, bos: int | None) -> list[int]:
         """The token ids of one context, [context_size]."""
-        return self.contexts(np.array([row]), context_size, bos)[0].tolist()
+        ids = self.contexts(np.array([row]), context_size, bos)[0].tolist()
+        return ids[: self.lengths[row]] if self.lengths else ids
 
     def contexts(self, rows: npt.NDArray[np.int64], context_size: int, bos: int | None) -> npt.NDArray[np.int64]:
         """The token ids of some contexts, [len(rows), context_size]."""
@@ -87,7 +88,7 @@ class Stream:
 def _open_stream(directory: Path) -> Stream:
     about = json.loads((directory / "documents.json").read_text())
     tokens = np.memmap(directory / "stream.bin", dtype=np.dtype(about["dtype"]).newbyteorder("<"), mode="r")
-    return Stream(tokens, about["starts"], about["titles"], about["sources"])
+    return Stream(tokens, about["starts"], about["titles"], about["sources"], about.get("lengths", []))
 
 
 def write_stream(
@@ -120,22 +121,49 @@ def tokens_dir(settings: Settings, corpus_hash: str, tokenizer_hash: str) -> Pat
 
 
 def add_corpus(
-    session: Session, settings: Settings, path: Path, name: str, about: str = "", report: Report | None = None
+    session: Session,
+    settings: Settings,
+    reading: Reading,
+    name: str,
+    *,
+    about: str = "",
+    licence: str = "",
+    origin: dict[str, Any] | None = None,
+    limits: Limits | None = None,
+    report: Report | None = None,
 ) -> Corpus:
-    """Store a text, JSONL, .jsonl.xz or .jsonl.zst file as a corpus. The same content under the same name is no error.
+    """Store documents as a corpus. Text that the catalog holds already, under whatever name, is that corpus.
 
-    Raises BadFile for a file without usable text and Conflict for a name that holds other content.
+    Raises BadFile for what holds no usable text and Conflict for a name that holds other content; nothing stays.
     """
-    corpus_hash, n_documents, n_chars = _store(settings, path, report or (lambda share, status: None))
-    existing = session.scalar(select(Corpus).where(Corpus.name == name))
+    check_name(name)
+    limits = limits or Limits(max_bytes=settings.max_corpus_bytes)
+    corpus_hash, n_documents, n_chars = _store(settings, reading, limits, report or (lambda share, status: None))
+    existing = session.scalar(select(Corpus).where(Corpus.hash == corpus_hash))
     if existing is not None:
-        if existing.hash != corpus_hash:
-            raise Conflict(f"Corpus {name!r} exists with other content; choose another name.")
         return existing
-    corpus = Corpus(name=name, hash=corpus_hash, n_documents=n_documents, n_chars=n_chars, about=about)
+    if session.scalar(select(Corpus.id).where(Corpus.name == name)) is not None:
+        shutil.rmtree(settings.corpus_dir(corpus_hash))
+        raise Conflict(f"Corpus {name!r} exists with other content; choose another name.")
+    corpus = Corpus(
+        name=name,
+        hash=corpus_hash,
+        n_documents=n_documents,
+        n_chars=n_chars,
+        about=about,
+        licence=licence,
+        origin=origin or {},
+    )
     session.add(corpus)
     session.flush()
     return corpus
+
+
+def check_name(name: str) -> str:
+    """Return a usable name. Raises BadInput: it is part of addresses."""
+    if not _CORPUS_NAME.fullmatch(name):
+        raise BadInput(f"{name[:100]!r} cannot be a corpus name: use letters, digits, - _ . and spaces, at most 100.")
+    return name
 
 
 def corpora(session: Session) -> list[Corpus]:
@@ -143,11 +171,52 @@ def corpora(session: Session) -> list[Corpus]:
 
 
 def corpus_named(session: Session, name: str) -> Corpus:
-    corpus = session.scalar(select(Corpus).where(Corpus.name == name))
+    corpus = session.scalar(select(Corpus).where(Corpus.name == name.replace("\0", "")))
     if corpus is None:
         known = ", ".join(c.name for c in corpora(session)) or "none yet"
-        raise NotFound(f"There is no corpus {name!r}; there are: {known}. Add one with `sae-atlas corpus add FILE`.")
+        raise NotFound(f"There is no corpus {name[:100]!r}; there are: {known}. Add one with `sae-atlas corpus add`.")
     return corpus
+
+
+def used_by(session: Session, corpus: Corpus) -> list[str]:
+    """The sources, as `model/source`, whose evidence shows this corpus's tokens."""
+    query = select(Source.model_id, Source.name).join(Harvest, Harvest.source_id == Source.id)
+    rows = session.execute(
+        query.where(Harvest.corpus_id == corpus.id).distinct().order_by(Source.model_id, Source.name)
+    )
+    return [f"{model_id}/{name}" for model_id, name in rows]
+
+
+def remove_corpus(session: Session, settings: Settings, name: str) -> Path:
+    """Delete a corpus that no evidence shows, and return its directory: delete it after the commit.
+
+    Raises Conflict naming the sources that need it.
+    """
+    corpus = corpus_named(session, name)
+    users = used_by(session, corpus)
+    if users:
+        raise Conflict(f"Corpus {corpus.name!r} is shown by {', '.join(users)}; remove that evidence first.")
+    session.delete(corpus)
+    session.flush()
+    return settings.corpus_dir(corpus.hash)
+
+
+def delete_files(directory: Path) -> None:
+    """Delete what remove_corpus left; a reader never sees half of it."""
+    if directory.is_dir():
+        gone = directory.with_name(f".gone-{directory.name}")
+        directory.replace(gone)
+        shutil.rmtree(gone)
+
+
+def has_text(settings: Settings, corpus: Corpus) -> bool:
+    """Whether a model can read it: a bundle or an import brings tokens only."""
+    return (settings.corpus_dir(corpus.hash) / DOCUMENTS).is_file()
+
+
+def n_bytes(settings: Settings, corpus: Corpus) -> int:
+    """What it takes on disk, token streams included."""
+    return sum(f.stat().st_size for f in settings.corpus_dir(corpus.hash).rglob("*") if f.is_file())
 
 
 def documents(directory: Path) -> Iterator[Document]:
@@ -155,107 +224,33 @@ def documents(directory: Path) -> Iterator[Document]:
     file = directory / DOCUMENTS
     if not file.is_file():
         raise NotFound("This corpus came with its tokens only; add its text with `sae-atlas corpus add`.")
-    with file.open("rb") as raw:
-        yield from _parse_jsonl(_lines(zstandard.ZstdDecompressor().stream_reader(raw)), file)
+    # Stored text is not judged as a bomb again: some repetitive corpora do compress by a thousand.
+    with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+        yield from parse_lines(numbered_lines(io.BufferedReader(stream, 2**18), file.name), file.name, Columns())  # type: ignore[arg-type]
 
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """The documents of a corpus file as `add_corpus` reads it."""
-    with _opened(path) as (file, _):
-        yield from _read_documents(path, file)
-
-
-def _store(settings: Settings, path: Path, report: Report) -> tuple[str, int, int]:
+def _store(settings: Settings, reading: Reading, limits: Limits, report: Report) -> tuple[str, int, int]:
     root = settings.data_dir / "corpora"
     root.mkdir(parents=True, exist_ok=True)
     digest, n_documents, n_chars = hashlib.sha256(), 0, 0
-    total = max(path.stat().st_size, 1) if path.is_file() else 1
     with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as scratch:
         with (
             (Path(scratch) / DOCUMENTS).open("wb") as raw,
             zstandard.ZstdCompressor(level=6).stream_writer(raw) as out,
-            _opened(path) as (file, raw_in),
         ):
-            for document in _read_documents(path, file):
+            for document in bounded(reading.documents, limits):
                 line = json.dumps(document.__dict__, ensure_ascii=False).encode() + b"\n"
                 digest.update(line)
                 out.write(line)
                 n_documents += 1
                 n_chars += len(document.text)
-                report(min(raw_in.tell() / total, 1.0), f"{n_documents:,} documents, {n_chars:,} characters")
+                if n_documents % 64 == 1:
+                    report(reading.share(), f"{n_documents:,} documents, {n_chars:,} characters")
         if n_chars == 0:
-            raise BadFile(f"{path.name} holds no text.")
+            raise BadFile("There is no text in it: an empty file, or rows whose text is empty.")
         corpus_hash = digest.hexdigest()[:16]
         target = settings.corpus_dir(corpus_hash)
         if not (target / DOCUMENTS).exists():
             target.mkdir(parents=True, exist_ok=True)
             os.replace(Path(scratch) / DOCUMENTS, target / DOCUMENTS)
     return corpus_hash, n_documents, n_chars
-
-
-@contextmanager
-def _opened(path: Path) -> Generator[tuple[IO[bytes], IO[bytes]]]:
-    """The decompressed file, and the raw one whose position tells progress."""
-    if not path.is_file():
-        raise BadFile(f"{path} is not a file.")
-    with path.open("rb") as raw:
-        match path.suffix:
-            case ".xz":
-                yield lzma.open(raw), raw  # type: ignore[misc]  # noqa: SIM115 - closed with raw
-            case ".zst":
-                yield zstandard.ZstdDecompressor().stream_reader(raw), raw  # type: ignore[misc]
-            case _:
-                yield raw, raw
-
-
-def _read_documents(path: Path, file: IO[bytes]) -> Iterator[Document]:
-    kind = path.name.removesuffix(".xz").removesuffix(".zst").rpartition(".")[2]
-    match kind:
-        case "jsonl":
-            yield from _parse_jsonl(_lines(file), path)
-        case "txt" | "md":
-            yield from _paragraph_documents(path, _lines(file))
-        case _:
-            raise BadFile(f"{path.name}: a corpus is a .txt or .jsonl file, plain or as .xz or .zst.")
-
-
-def _lines(file: Any) -> Iterator[str]:
-    text = io.TextIOWrapper(io.BufferedReader(file), encoding="utf-8", newline="\n")
-    try:
-        yield from text
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, zstandard.ZstdError) as error:
-        raise BadFile(f"The corpus cannot be read as UTF-8 text: {error}.") from error
-    finally:
-        # A wrapper closes its file when it is collected, while the file's position is still asked for.
-        with suppress(ValueError):  # closed already, where reading was broken off
-            text.detach().detach()
-
-
-def _parse_jsonl(lines: Iterable[str], path: Path) -> Iterator[Document]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise BadFile(f'{path.name}, line {number}: expected a JSON object with a "text" field.') from None
-        if not isinstance(text, str):
-            raise BadFile(f'{path.name}, line {number}: "text" is {type(text).__name__}, not a string.')
-        clean = text.encode("utf-8", "replace").decode()
-        yield Document(str(row.get("title") or ""), str(row.get("source") or ""), clean)
-
-
-def _paragraph_documents(path: Path, lines: Iterable[str], size: int = 10_000) -> Iterator[Document]:
-    """Cut a plain text at blank lines into documents of about `size` characters."""
-    part: list[str] = []
-    number, length = 0, 0
-    for line in lines:
-        part.append(line)
-        length += len(line)
-        if length >= size and not line.strip():
-            number += 1
-            yield Document(f"{path.stem} ({number})", path.stem, "".join(part))
-            part, length = [], 0
-    if part:
-        yield Document(f"{path.stem} ({number + 1})", path.stem, "".join(part))

@@ -110,7 +110,10 @@ class Corpus(Table):
     n_documents: Mapped[int]
     n_chars: Mapped[int] = mapped_column(BigInteger)
     about: Mapped[LongText]
-    """Where it comes from and under which licences."""
+    """Where it comes from, in words."""
+    licence: Mapped[LongText] = mapped_column(Text, default="", server_default="")
+    origin: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict, server_default="{}")
+    """How it came here: file or dataset, columns, limits."""
     created_at: Mapped[Moment]
 
 

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.corpora import Document, Report, Stream, documents, write_stream
+from app.corpora import Stream, documents, write_stream
+from app.documents import Document, Report
 from workers.language_model import LanguageModel
 
 

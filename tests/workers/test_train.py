@@ -18,7 +18,7 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from sqlalchemy import select
 
-from app import corpora, db, jobs
+from app import corpora, db, documents, jobs
 from app.corpora import Stream
 from app.settings import Settings
 from app.specs import TrainSpec
@@ -63,7 +63,7 @@ def settings(tiny: Tiny, tmp_path: Path) -> Settings:
     with db.sessions(db.connect(made)).begin() as session:
         card = LanguageModel.load(Path(tiny.model.path)).card
         session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
-        corpora.add_corpus(session, made, tmp_path / "c.txt", "c")
+        corpora.add_corpus(session, made, documents.read(tmp_path / "c.txt"), "c")
     return made
 
 

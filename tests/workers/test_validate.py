@@ -11,7 +11,7 @@ import pytest
 import torch
 from sqlalchemy import delete, select
 
-from app import corpora, db, harvests, validations, weights
+from app import corpora, db, documents, harvests, validations, weights
 from app.settings import Settings
 from app.tables import Corpus, Job, JobMetric, Model, Source
 from tests.tiny import D_IN, TEXT, Tiny
@@ -44,7 +44,7 @@ def settings(tiny: Tiny, tmp_path: Path, words: Path) -> Settings:
     with db.sessions(engine).begin() as session:
         card = LanguageModel.load(Path(tiny.model.path)).card
         session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
-        corpora.add_corpus(session, made, words, "c")
+        corpora.add_corpus(session, made, documents.read(words), "c")
     return made
 
 

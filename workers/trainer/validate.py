@@ -20,8 +20,9 @@ import torch
 from sqlalchemy import select
 from torch import Tensor
 
-from app import corpora, harvests
-from app.corpora import DOCUMENTS, Document, Stream
+from app import corpora, documents, harvests
+from app.corpora import DOCUMENTS, Stream
+from app.documents import Document
 from app.errors import BadFile, BadInput
 from app.settings import Settings
 from app.specs import ValidateSpec
@@ -320,7 +321,7 @@ def _first_documents(
 def _demo_documents() -> Iterator[Document]:
     if not DEMO_CORPUS.is_file():
         raise BadFile("There is no text to check the SAE on. Add some with `sae-atlas corpus add FILE`.")
-    return corpora.read_documents(DEMO_CORPUS)
+    return documents.read(DEMO_CORPUS).documents
 
 
 def _corpus(context: JobContext, spec: ValidateSpec) -> tuple[Corpus | None, str]:
