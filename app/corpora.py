@@ -78,10 +78,12 @@ class Stream:
         return np.concatenate([np.full((len(rows), 1), bos, dtype=np.int64), ids], axis=1)
 
     def title(self, row: int, position: int, context_size: int, bos: int | None) -> str:
-        """The title of the document that holds a position of a context."""
+        """Title and source of the document that holds a position of a context."""
         has_bos = bos is not None
         offset = row * (context_size - has_bos) + max(position - has_bos, 0)
-        return self.titles[max(bisect.bisect_right(self.starts, offset) - 1, 0)]
+        number = max(bisect.bisect_right(self.starts, offset) - 1, 0)
+        title, source = self.titles[number], self.sources[number]
+        return title if source in title else f"{title} · {source}" if title else source
 
 
 @lru_cache(maxsize=32)
