@@ -125,7 +125,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
         report(0.2 * number / len(listed), f"Checking {file}")
         _check_file(path, file, manifest)
     facts = weights.check_sae(path / "sae", manifest.model.d_model, settings)
-    harvests.refuse_other(session, manifest.model.id, facts, manifest.set_name)
+    harvests.held(session, manifest.model.id, facts, manifest.set_name)
     _ensure_model(session, settings, path, manifest)
     corpus = _ensure_corpus(session, settings, path, manifest)
     report(0.4, "Reading the evidence")

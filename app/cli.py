@@ -38,10 +38,10 @@ from app import (
     weights,
 )
 from app.demo import prepare
-from app.errors import AtlasError, BadFile, BadInput, NotFound
+from app.errors import AtlasError, BadInput, NotFound
 from app.gpu import Worker
+from app.model_kwargs import CENTRED, KEY
 from app.placement import placement
-from app.protocol import ModelCard
 from app.settings import Settings
 from app.specs import HarvestSpec, TrainSpec
 from app.supervisor import Child
@@ -245,23 +245,23 @@ def add_sae(
         where, origin = _bring(settings, directory, wanted, report)
         hints = formats.Hints(str(where.resolve()), hook)
         if wanted:
-            hints = formats.Hints(wanted.where, hook, wanted.norm_scale)
+            hints = formats.Hints(wanted.where, hook, wanted.norm_scale, wanted.overrides)
         with formats.in_saelens_format(where, settings, hints) as found:
             facts = weights.check_sae(found.directory, card.d_model, settings, report)
-            _check_place(facts, hook, facts.layer if layer is None else layer, card)
-            origin |= {"format": found.format, **_neuronpedia(facts, wanted)}
+            weights.check_fits(facts, card, hook, layer)
+            origin |= {"format": found.format, **hub.neuronpedia_id(facts.config, wanted)}
             set_name = set_name or _default_set(origin, facts.layer)
             with _session(settings) as session:
                 if not replace:
-                    harvests.refuse_other(session, model, facts, set_name)
+                    harvests.held(session, model, facts, set_name)
                 source = harvests.catalogue_sae(
                     session, settings, facts, model_id=model, set_name=set_name, metrics={}, origin=origin
                 )
                 name, d_sae = source.name, source.d_sae
                 job = validations.queue(session, settings, model, name) if check else None
     _out.print(f"Source {model}/{name}: {facts.architecture}, {d_sae:,} latents at {facts.hook_name}.")
-    if wanted and wanted.note:
-        _out.print(f"[yellow]Note:[/] {escape(wanted.note)}", soft_wrap=True)
+    if (facts.config["metadata"].get(KEY) or {}).get(CENTRED):
+        _out.print(f"Trained on a model loaded with {CENTRED}: its activations are centred before they are read.")
     _out.print(f"Gather its evidence with `sae-atlas harvest {model}/{name} --corpus NAME`.")
     if job is not None:
         _queued(job.id, job.title, watch)
@@ -300,22 +300,6 @@ def _bring(
         "release": wanted.release,
     }
     return fetched.directory, {key: value for key, value in lineage.items() if value}
-
-
-def _check_place(facts: weights.SaeFacts, hook: str, layer: int, card: ModelCard) -> None:
-    if hook and hook != facts.hook_name:
-        raise BadFile(f"The SAE says that it reads {facts.hook_name}; --hook {hook} contradicts it.")
-    if layer != facts.layer or facts.layer >= card.n_layers:
-        raise BadFile(
-            f"The SAE reads {facts.hook_name}; layer {layer} was asked for, "
-            f"and {card.id} has layers 0 to {card.n_layers - 1}."
-        )
-
-
-def _neuronpedia(facts: weights.SaeFacts, wanted: hub.Place | None) -> dict[str, str]:
-    """Its id on Neuronpedia, as the release's list or the config tells it."""
-    known = (wanted.neuronpedia_id if wanted else "") or facts.config["metadata"].get("neuronpedia_id")
-    return {"neuronpedia_id": known} if isinstance(known, str) and hub.NEURONPEDIA_ID.fullmatch(known) else {}
 
 
 def _default_set(origin: dict[str, Any], layer: int) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ class Hints:
     """Where the person says it reads."""
     norm_scale: float = 0.0
     """What inputs must be multiplied by, where SAELens' list of releases says so; 0 where it does not."""
+    overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What that list puts in place of the config's own keys, such as model_from_pretrained_kwargs."""
 
 
 class Recognised(NamedTuple):
@@ -78,37 +80,61 @@ def in_saelens_format(directory: Path, settings: Settings, hints: Hints) -> Gene
     found = recognise(directory)
     if found is None and hints.norm_scale and _expects_scaled(directory):
         found = _SCALED
-    if found is None:
+    if found is None and not hints.overrides:
         yield Recognised(directory, SAELENS)
         return
-    foreign = found.read(directory, hints, settings)
+    foreign = found.read(directory, hints, settings) if found else None
     (settings.data_dir / "saes").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.data_dir / "saes", prefix=".new-") as scratch:
-        _write(Path(scratch), foreign, hints)
-        yield Recognised(Path(scratch), found.name)
+        if found and foreign:
+            _write(Path(scratch), foreign, hints)
+            yield Recognised(Path(scratch), found.name)
+        else:
+            _link(Path(scratch), directory, hints)
+            yield Recognised(Path(scratch), SAELENS)
+
+
+def _link(scratch: Path, directory: Path, hints: Hints) -> None:
+    """Write a config with the overrides beside a link to the weights."""
+    (scratch / CONFIG).write_text(json.dumps(_overridden(_modern(directory), hints), indent=2), encoding="utf-8")
+    (scratch / WEIGHTS).symlink_to((directory / WEIGHTS).resolve())
+
+
+def _overridden(config: _Json, hints: Hints) -> _Json:
+    own = {key: value for key, value in hints.overrides.items() if key == "normalize_activations"}
+    about = {key: value for key, value in hints.overrides.items() if key not in own}
+    return {**config, **own, "metadata": {**config["metadata"], **about}}
 
 
 def recognise(directory: Path) -> Format | None:
     """Tell by its files which format a directory has; None is SAELens' own. Raises BadFile naming what was found."""
     if not directory.is_dir():
         raise BadFile(f"{directory} is not a directory; give the one that holds the SAE.")
-    for known in FORMATS:
-        if known.recognises(directory):
-            return known
+    for format in FORMATS:
+        if format.recognises(directory):
+            return format
     names = sorted(path.name for path in directory.iterdir())
     pickled = any(name.endswith((".pt", ".pth", ".pkl", ".bin", ".ckpt")) for name in names)
     if WEIGHTS in names or (CONFIG in names and pickled) or pickled:
         return None  # SAELens', or refused by app.weights in its own words
     held = ", ".join(names[:8])[:200] or "nothing"
-    ways = "; ".join(f"{known.name} ({known.files})" for known in FORMATS if known.files)
-    raise BadFile(f"{directory} holds {held}. Known are SAELens ({CONFIG}, {WEIGHTS}); {ways}.")
+    ways = "; ".join(f"{name} ({files})" for name, files in known())
+    raise BadFile(f"{directory} holds {held}. Known are {ways}.")
+
+
+def known() -> tuple[tuple[str, str], ...]:
+    """The formats that are read, as (name, files)."""
+    return ((SAELENS, f"{CONFIG}, {WEIGHTS}"), *((format.name, format.files) for format in FORMATS if format.files))
 
 
 def _write(directory: Path, foreign: Foreign, hints: Hints) -> None:
     arrays, transcoder = foreign.arrays, "transcoder" in foreign.architecture
     hook_name = hints.hook_name or foreign.metadata.get("hook_name")
     if not hook_name:
-        raise BadFile("Neither files nor folder names say where this SAE reads; give --hook blocks.8.hook_resid_post.")
+        raise BadFile(
+            "Neither files nor folder names say where this SAE reads; name the hook, such as blocks.8.hook_resid_post "
+            "(--hook on the command line)."
+        )
     config: _Json = {
         "architecture": foreign.architecture,
         "d_in": arrays["W_enc"].shape[0],
@@ -126,6 +152,7 @@ def _write(directory: Path, foreign: Foreign, hints: Hints) -> None:
             "sae_lens_version": SHAPE_VERSION,
         },
     }
+    config = _overridden(config, hints)
     (directory / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     tensorfile.write(directory / WEIGHTS, arrays)
 
@@ -340,15 +367,20 @@ def _is_gemma_scope_2(directory: Path) -> bool:
 
 def _read_gemma_scope(directory: Path, hints: Hints, settings: Settings) -> Foreign:
     """JumpReLU of x W_enc + b_enc; site, layer and model are in the names of repo and folder."""
-    return _gemma(_npz(directory / "params.npz", settings.max_sae_bytes), hints.where)
+    return _gemma(_npz(directory / "params.npz", settings.max_sae_bytes), hints)
 
 
 def _read_gemma_scope_2(directory: Path, hints: Hints, settings: Settings) -> Foreign:
     """The same with names in lower case; an affine transcoder's skip connection is [d_in, d_out]."""
-    return _gemma(tensorfile.load(directory / "params.safetensors", settings.max_sae_bytes), hints.where)
+    return _gemma(tensorfile.load(directory / "params.safetensors", settings.max_sae_bytes), hints)
 
 
-def _gemma(given: Arrays, where: str) -> Foreign:
+def _gemma(given: Arrays, hints: Hints) -> Foreign:
+    where = hints.where
+    if "transcoder" not in where and hints.hook_name.endswith(("mlp.hook_in", "hook_mlp_in")):
+        where += "/transcoder"  # only those read the MLP's input
+    if not re.search(r"layer_\d", where) and (named := re.match(r"blocks\.(\d{1,4})\.", hints.hook_name)):
+        where += f"/layer_{named[1]}"
     arrays = {name.replace("w_", "W_"): array for name, array in given.items()}
     ranks = {"W_enc": 2, "b_enc": 1, "W_dec": 2, "b_dec": 1, "threshold": 1}
     kept = {name: _take(arrays, name, n) for name, n in ranks.items()}

@@ -72,8 +72,8 @@ def catalogue_sae(
     return source
 
 
-def refuse_other(session: Session, model_id: str, facts: SaeFacts, set_name: str) -> None:
-    """Raise Conflict when the source's name holds other weights than these."""
+def held(session: Session, model_id: str, facts: SaeFacts, set_name: str) -> bool:
+    """Tell whether the source of that name is this SAE already. Raises Conflict when it holds other weights."""
     name = f"{facts.layer}-{set_name}"
     there = session.scalar(select(Source).where(Source.model_id == model_id, Source.name == name))
     if there is not None and there.sae_hash != facts.hash:
@@ -81,6 +81,7 @@ def refuse_other(session: Session, model_id: str, facts: SaeFacts, set_name: str
             f"{model_id}/{name} holds another SAE already ({there.sae_hash}; this one is {facts.hash}). "
             "Choose another set name, or remove that one first."
         )
+    return there is not None
 
 
 def check_set_name(text: str) -> str:

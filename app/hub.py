@@ -11,8 +11,8 @@ import difflib
 import importlib.util
 import io
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 
@@ -43,12 +43,18 @@ class Place:
     """SAELens' name of the release, where it was asked for by that."""
     norm_scale: float = 0.0
     """What SAELens multiplies its input by, where its list says so; 0 where it does not."""
-    note: str = ""
-    """What a person should know before trusting its numbers."""
+    overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What SAELens' list puts in place of what the SAE's own config says."""
 
     @property
     def where(self) -> str:
         return f"{self.repo}/{self.subfolder}".rstrip("/")
+
+
+def neuronpedia_id(config: Mapping[str, Any], wanted: Place | None = None) -> dict[str, str]:
+    """Return an SAE's id on Neuronpedia for its origin, as SAELens' list or its own config tells it, or nothing."""
+    known = (wanted.neuronpedia_id if wanted else "") or config["metadata"].get("neuronpedia_id")
+    return {"neuronpedia_id": known} if isinstance(known, str) and NEURONPEDIA_ID.fullmatch(known) else {}
 
 
 class Fetched(NamedTuple):
@@ -185,16 +191,7 @@ def release(name: str, sae_id: str) -> Place:
         neuronpedia_id=str(sae.get("neuronpedia") or ""),
         release=f"{name} {sae_id}",
         norm_scale=float(sae.get("norm_scaling_factor") or 0),
-        note=_note(entry),
-    )
-
-
-def _note(entry: dict[str, Any]) -> str:
-    processed = (entry.get("config_overrides") or {}).get("model_from_pretrained_kwargs")
-    if not processed:
-        return ""
-    return (
-        f"It was trained on a model loaded with {', '.join(processed)}; SAE Atlas leaves that out, numbers may differ."
+        overrides={**(entry.get("config_overrides") or {}), **(sae.get("config_overrides") or {})},
     )
 
 

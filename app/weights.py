@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from app.errors import BadFile
+from app.model_kwargs import KEY, refuse_unknown
+from app.protocol import ModelCard
 from app.settings import Settings
 from app.tensorfile import FLOATS, Entry, chunks, first_not_finite, json_object, read_header
 
@@ -61,6 +63,7 @@ _METADATA = (
     "context_size",
     "dataset_path",
     "neuronpedia_id",
+    KEY,
     "sae_lens_training_version",
 )
 SHAPE_VERSION = "6.0.0"
@@ -106,6 +109,19 @@ def check_sae(directory: Path, d_model: int | None, settings: Settings, progress
     _check_tensors(tensors, architecture, d_in, d_sae, d_out)
     digest = _read_once(weights, tensors, data_start, text, progress or (lambda share, status: None))
     return SaeFacts(architecture, d_in, d_sae, hook_name, layer, config, text, digest[:16], directory)
+
+
+def check_fits(facts: SaeFacts, card: ModelCard, hook: str = "", layer: int | None = None) -> None:
+    """Raise BadFile when a checked SAE does not belong to a model, or is not where the person says it is."""
+    if hook and hook != facts.hook_name:
+        raise BadFile(f"The SAE says that it reads {facts.hook_name}; {hook} was asked for, which contradicts it.")
+    wanted = facts.layer if layer is None else layer
+    if wanted != facts.layer or facts.layer >= card.n_layers:
+        raise BadFile(
+            f"The SAE reads {facts.hook_name}; layer {wanted} was asked for, "
+            f"and {card.id} has layers 0 to {card.n_layers - 1}."
+        )
+    refuse_unknown(facts.config, card.architecture)
 
 
 def store_sae(settings: Settings, directory: Path, facts: SaeFacts) -> Path:

@@ -1,6 +1,6 @@
 // The page that adds an SAE: files by choice or drop, progress while they go up, the server's sentence if it refuses.
 
-const wanted = (file) => /\.(json|safetensors|pt|pth|pkl|bin|ckpt)$/.test(file.name);
+const wanted = (file) => /\.(json|safetensors|npz|pt|pth|pkl|bin|ckpt)$/.test(file.name);
 const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 
 export function mount() {
@@ -13,7 +13,7 @@ export function mount() {
   function choose(list) {
     files = [...list].filter(wanted);
     const names = files.map((file) => `${file.name} (${mib(file.size)})`).join(", ");
-    part("chosen").textContent = names || "No SAE's files among these; cfg.json and sae_weights.safetensors are.";
+    part("chosen").textContent = names || "No SAE's files among these; cfg.json and sae_weights.safetensors would be.";
   }
 
   form.addEventListener("change", (event) => {
@@ -42,8 +42,9 @@ export function mount() {
   function send(size) {
     const body = new FormData();
     body.append("model", form.elements.model.value);
-    body.append("set_name", form.elements.set_name.value);
-    files.forEach((file) => body.append("files", file, file.name));
+    for (const name of ["set_name", "hook", "folder"]) body.append(name, form.elements[name].value);
+    // Some formats say where they read in the names of their folders alone.
+    files.forEach((file) => body.append("files", file, file.path ?? (file.webkitRelativePath || file.name)));
     const request = new XMLHttpRequest();
     const bar = part("progress");
     request.open("POST", form.action);
@@ -82,7 +83,10 @@ export function mount() {
 
 // All files of a dropped file or folder.
 async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))];
+  if (entry.isFile) {
+    const file = await new Promise((done, failed) => entry.file(done, failed));
+    return [Object.assign(file, { path: entry.fullPath.slice(1) })];
+  }
   const reader = entry.createReader();
   const entries = await new Promise((done, failed) => reader.readEntries(done, failed));
   return (await Promise.all(entries.map(filesOf))).flat();

@@ -15,16 +15,14 @@ from typing import IO, Annotated, Any, cast
 from fastapi import APIRouter, Query, Request
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from app import catalog, harvests, validations, weights
+from app import catalog, formats, harvests, hub, validations, weights
 from app.catalog import ModelEntry
 from app.errors import AtlasError, BadFile, BadInput, TooLarge
 from app.settings import Settings
-from app.tables import Source
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
 
@@ -36,9 +34,10 @@ SLACK_BYTES = 2**22
 _WRITE_BYTES = 2**20
 _MAX_FIELD_BYTES = 1000
 _MAX_PARTS = 64
-_KEPT = (".json", ".safetensors")
+_KEPT = (".json", ".safetensors", ".npz", "ae.pt")
 _NAMED_ONLY = (".pt", ".pth", ".pkl", ".bin", ".ckpt")
 """Their bytes are dropped as they come; the name is kept, so that the refusal can say what was given."""
+_FOLDERS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -47,6 +46,10 @@ class UploadPage:
     models: tuple[ModelEntry, ...]
     model: str
     set_name: str
+    hook: str
+    folder: str
+    formats: tuple[tuple[str, str], ...]
+    """Name and files of each."""
     limit: int
     problem: Problem | None = None
 
@@ -68,7 +71,8 @@ async def upload(request: Request, session: Db, settings: Config) -> Response:
         with tempfile.TemporaryDirectory(dir=home, prefix=".upload-") as scratch:
             form = Form(Path(scratch), fields, settings.max_sae_bytes)
             await form.read(request.headers.get("content-type", ""), request.stream())
-            path = await run_in_threadpool(_add, session, settings, Path(scratch), fields)
+            where = "/".join(filter(None, (fields.get("folder", "").strip(), form.folder)))
+            path = await run_in_threadpool(_add, session, settings, Path(scratch), fields, where)
     except AtlasError as error:
         # The rest of a body that is too large is not read: the connection ends with the answer.
         headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
@@ -92,6 +96,8 @@ class Form:
         self._field = ""
         self._out: IO[bytes] | None = None
         self._names: set[str] = set()
+        self.folder = ""
+        """Names of the folders that the files lay in, as the browser tells them: some formats say their hook there."""
 
     async def read(self, content_type: str, body: AsyncIterator[bytes]) -> None:
         """Read a body to its end. Raises TooLarge in its middle, BadInput for what is no form."""
@@ -119,7 +125,7 @@ class Form:
         self._n_parts += 1
         self._disposition = b""
         if self._n_parts > _MAX_PARTS:
-            raise BadInput(f"More than {_MAX_PARTS} files were sent; an SAE is cfg.json and sae_weights.safetensors.")
+            raise BadInput(f"More than {_MAX_PARTS} files were sent; choose the folder of one SAE.")
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -140,14 +146,15 @@ class Form:
             return
         self._field = ""
         # A folder's files come with their path; only the last part is a name here.
-        name = re.split(r"[/\\]", options[b"filename"].decode("utf-8", "replace"))[-1]
+        *folders, name = re.split(r"[/\\]", options[b"filename"].decode("utf-8", "replace"))
         if not _NAME.fullmatch(name) or not name.endswith((*_KEPT, *_NAMED_ONLY)):
             return
         if name in self._names:
             raise BadInput(f"{name} was sent twice; choose the folder of one SAE.")
         self._names.add(name)
+        self.folder = self.folder or "/".join(part for part in folders[:8] if _FOLDERS.fullmatch(part))
         self._out = (self._directory / name).open("wb")
-        if name.endswith(_NAMED_ONLY):
+        if not name.endswith(_KEPT):
             self._close()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -189,33 +196,45 @@ def too_large(max_bytes: int) -> TooLarge:
     )
 
 
-def _add(session: Session, settings: Settings, directory: Path, fields: dict[str, str]) -> str:
+def _add(session: Session, settings: Settings, directory: Path, fields: dict[str, str], where: str) -> str:
     """Judge, store and catalogue what was uploaded, ask for its check, and return its address."""
     set_name = harvests.check_set_name(fields.get("set_name", ""))
     card = catalog.model_entry(session, fields.get("model", "")).card
+    hook = fields.get("hook", "").strip()
     if not any(directory.iterdir()):
         raise BadFile(f"No SAE was sent; choose its {weights.CONFIG} and {weights.WEIGHTS}, or the folder of both.")
+    session.rollback()  # reading the files may take minutes; no transaction waits for that
     try:
-        facts = weights.check_sae(directory, card.d_model, settings)
+        with formats.in_saelens_format(directory, settings, formats.Hints(where, hook)) as found:
+            facts = weights.check_sae(found.directory, card.d_model, settings)
+            weights.check_fits(facts, card, hook)
+            name = f"{facts.layer}-{set_name}"
+            if not harvests.held(session, card.id, facts, set_name):
+                origin = {"uploaded_as": ", ".join(sorted(path.name for path in directory.iterdir()))[:200]}
+                origin |= {"folder": where} if where else {}
+                origin |= {"format": found.format, **hub.neuronpedia_id(facts.config)}
+                harvests.catalogue_sae(
+                    session, settings, facts, model_id=card.id, set_name=set_name, metrics={}, origin=origin
+                )
+                validations.queue(session, settings, card.id, name)
     except BadFile as error:  # the scratch directory means nothing to anybody
         raise BadFile(error.message.replace(f"{directory}/", "").replace(str(directory), "The upload")) from error
-    if facts.layer >= card.n_layers:
-        raise BadFile(f"The SAE reads {facts.hook_name}; {card.id} has layers 0 to {card.n_layers - 1}.")
-    harvests.refuse_other(session, card.id, facts, set_name)
-    name = f"{facts.layer}-{set_name}"
-    there = session.scalar(select(Source).where(Source.model_id == card.id, Source.name == name))
-    if there is None:
-        origin = {"uploaded_as": "cfg.json and sae_weights.safetensors"}
-        harvests.catalogue_sae(session, settings, facts, model_id=card.id, set_name=set_name, metrics={}, origin=origin)
-        validations.queue(session, settings, card.id, name)
     session.commit()
     return f"/{card.id}/{name}"
 
 
 def _page(session: Session, settings: Settings, fields: dict[str, str], problem: Problem | None = None) -> UploadPage:
     session.rollback()
-    asked = fields.get("set_name") or "sae"
-    return UploadPage(catalog.entries(session), fields.get("model", ""), asked, settings.max_sae_bytes, problem)
+    return UploadPage(
+        models=catalog.entries(session),
+        model=fields.get("model", ""),
+        set_name=fields.get("set_name") or "sae",
+        hook=fields.get("hook", ""),
+        folder=fields.get("folder", ""),
+        formats=formats.known(),
+        limit=settings.max_sae_bytes,
+        problem=problem,
+    )
 
 
 def _wants_json(request: Request) -> bool:

@@ -190,7 +190,7 @@ def test_coders_of_sparsify_that_saelens_has_no_architecture_for_are_refused(
 
 def test_a_folder_that_names_no_layer_needs_the_hook_from_the_person(tmp_path: Path, settings: Settings) -> None:
     sparsify(tmp_path / "mine")
-    assert "give --hook" in refusal(tmp_path / "mine", settings, where="mine")
+    assert "name the hook" in refusal(tmp_path / "mine", settings, where="mine")
     facts, _ = stored(tmp_path / "mine", settings, where="mine", hook_name=RESID)
     assert facts.hook_name == RESID
 
@@ -436,7 +436,7 @@ def test_an_npz_of_objects_bombs_or_false_sizes_is_refused(tmp_path: Path, setti
 def test_an_npz_without_a_threshold_or_a_known_folder_is_refused(tmp_path: Path, settings: Settings) -> None:
     params = {name: t.numpy() for name, t in gemma().items()}
     whole = npz(tmp_path / "whole", **params)
-    assert "give --hook" in refusal(whole, settings, where="somewhere")
+    assert "name the hook" in refusal(whole, settings, where="somewhere")
     params.pop("threshold")
     assert "lacks threshold; it holds W_dec, W_enc" in refusal(npz(tmp_path / "part", **params), settings)
 

@@ -203,7 +203,9 @@ def test_a_release_of_saelens_names_its_repository_folder_and_neuronpedia_id() -
     found = hub.release("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
     assert (found.repo, found.subfolder) == ("jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre")
     assert found.neuronpedia_id == "gpt2-small/8-res-jb"
-    assert "center_writing_weights" in found.note
+    assert found.overrides == {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    overridden = hub.release("mistral-7b-res-wg", "blocks.8.hook_resid_pre").overrides
+    assert overridden == {"normalize_activations": "constant_norm_rescale"}
     assert hub.release("llama_scope_lxr_8x", "l1r_8x").norm_scale > 1
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 LAYER_NORM_EPSILON = 1e-5
 """Added to the standard deviation on the way in only, as sae-lens does."""
 
+_WRITTEN = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_in", "hook_mlp_out", "hook_attn_out")
+"""Hooks on the residual stream or on what is added to it: transformer-lens' center_writing_weights centres these."""
+
 Normalisation = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
 
 
@@ -108,6 +111,22 @@ class Coder:
         """Where the reconstruction and the decoder rows belong: hook_name, but for transcoders."""
         return self.hook_name
 
+    def seen(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """Return activations at hook_name as the model that the SAE was trained on has them.
+
+        Loaded with center_writing_weights, a model of LayerNorms computes the same text, but nothing it adds to the
+        residual stream has a mean over d_model: here that is taken off. Other kwargs are judged in app.model_kwargs.
+        """
+        return _centred(x) if self._centres(self.hook_name) else x
+
+    def aim(self, target: Float[Tensor, "batch d_out"]) -> Float[Tensor, "batch d_out"]:
+        """Return activations at hook_name_out as that model has them: what `predict` is held against."""
+        return _centred(target) if self._centres(self.hook_name_out) else target
+
+    def _centres(self, hook_name: str) -> bool:
+        kwargs = self.config["metadata"].get("model_from_pretrained_kwargs") or {}
+        return bool(kwargs.get("center_writing_weights")) and hook_name.endswith(_WRITTEN)
+
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -138,13 +157,18 @@ class Coder:
         return self._scaled_for_decoder(acts) @ self.W_dec + self.b_dec
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """Encode and decode, and undo the normalisation of the input."""
+        """Return what may stand in the place of x: `predict`, with the mean that `seen` took off put back."""
+        x_hat = self.predict(x)
+        return x_hat + x.mean(dim=-1, keepdim=True) if self._centres(self.hook_name) else x_hat
+
+    def predict(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """Encode and decode, and undo the normalisation of the input: what sae-lens returns for `seen(x)`."""
         x_hat = self.decode(self.encode(x))
         match self.switches.normalize_activations:
             case "constant_norm_rescale":
-                return x_hat * x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+                return x_hat * self.seen(x).norm(dim=-1, keepdim=True) / self.d_in**0.5
             case "layer_norm":
-                mean, std = _moments(x)
+                mean, std = _moments(self.seen(x))
                 return x_hat * std + mean
             case _:
                 return x_hat
@@ -184,8 +208,8 @@ class Coder:
     def error(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
     ) -> Float[Tensor, "batch d_out"]:
-        """Return what the reconstruction misses of the target: of x itself, or of hook_name_out for a transcoder."""
-        return (x if target is None else target) - self.reconstruct(x)
+        """Return what the prediction misses of the target: of x itself, or of hook_name_out for a transcoder."""
+        return self.aim(x if target is None else target) - self.predict(x)
 
     def unit_direction(self, latent: int) -> Float[Tensor, " d_out"]:
         """Return the decoder row of a latent, scaled to norm 1."""
@@ -193,7 +217,7 @@ class Coder:
         return row / row.norm()
 
     def _input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        x = x.to(self.W_enc.dtype)
+        x = self.seen(x.to(self.W_enc.dtype))
         match self.switches.normalize_activations:
             case "constant_norm_rescale":
                 x = x * (self.d_in**0.5 / x.norm(dim=-1, keepdim=True))
@@ -224,6 +248,10 @@ class Coder:
 
     def _scaled_for_decoder(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         return acts / self._decoder_norms() if self.switches.rescale_acts_by_decoder_norm else acts
+
+
+def _centred(x: Float[Tensor, "batch d"]) -> Float[Tensor, "batch d"]:
+    return x - x.mean(dim=-1, keepdim=True)
 
 
 def _moments(x: Float[Tensor, "batch d_in"]) -> tuple[Float[Tensor, "batch 1"], Float[Tensor, "batch 1"]]:
@@ -315,10 +343,14 @@ class TranscoderCoder(Coder):
         return str(metadata.get("hook_name_out") or metadata["hook_name"])
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """Return what may stand at hook_name_out; a mean that the model does not see is not known from the input."""
+        return self.predict(x)
+
+    def predict(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         """Return the prediction of what is at hook_name_out."""
         y_hat = self.decode(self.encode(x))
         W_skip = self.tensors.get("W_skip")  # [d_out, d_in]
-        return y_hat if W_skip is None else y_hat + x.to(W_skip.dtype) @ W_skip.T
+        return y_hat if W_skip is None else y_hat + self.seen(x.to(W_skip.dtype)) @ W_skip.T
 
     def _activate(self, pre_acts: Tensor, latents: Tensor | None = None) -> Tensor:
         return pre_acts.relu()

@@ -32,7 +32,7 @@ class ReconstructionStats:
     ) -> None:
         """Count one batch of activations; a transcoder's reconstruction is held against its target."""
         acts = coder.encode(x)
-        self.add_reconstruction(x if target is None else target, coder.reconstruct(x))
+        self.add_reconstruction(coder.aim(x if target is None else target), coder.predict(x))
         self.l0 += float((acts > 0).sum())
         fired = (acts > 0).any(dim=0)
         self.fired = fired if self.fired is None else self.fired | fired

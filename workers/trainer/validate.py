@@ -201,7 +201,8 @@ def _trials(context: JobContext, subject: Subject) -> Iterator[Trial]:
     coder = subject.coder
     hooks = _other_hooks(subject.model, coder)
     acts = _sample(subject, [coder.hook_name, coder.hook_name_out, *hooks])
-    x, target = acts[coder.hook_name], acts[coder.hook_name_out]
+    # Centring twice is centring once, so what follows may reconstruct these like any activations.
+    x, target = coder.seen(acts[coder.hook_name]), coder.aim(acts[coder.hook_name_out])
     others = [] if isinstance(coder, TranscoderCoder) else list(_other_normalisations(coder, x))
     for number, (what, reconstruct) in enumerate(others):
         context.report(number / (len(others) + len(hooks)), f"tries: {what}")
@@ -209,7 +210,7 @@ def _trials(context: JobContext, subject: Subject) -> Iterator[Trial]:
     for number, hook in enumerate(hooks, len(others)):
         context.report(number / (len(others) + len(hooks)), f"tries {hook}")
         aim = target if isinstance(coder, TranscoderCoder) else acts[hook]
-        yield Trial(f"At {hook}", _explained(aim, coder.reconstruct(acts[hook])))
+        yield Trial(f"At {hook}", _explained(coder.aim(aim), coder.predict(acts[hook])))
 
 
 def _other_hooks(model: LanguageModel, coder: Coder) -> list[str]:
