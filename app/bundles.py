@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import evidence, harvests, maps, weights
+from app import evidence, harvests, maps, weights, wording
 from app.corpora import Report, tokens_dir
 from app.errors import BadFile, Conflict, NotFound
 from app.harvests import FeatureRecord
@@ -140,6 +140,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     )
     harvest = Harvest(corpus_id=corpus.id, **manifest.harvest.model_dump())
     harvests.record(session, source, harvest, _features(path, manifest, report))
+    wording.fill(session, settings, source)
     _import_explanations(session, source, path)
     if MAP_FILE in listed:
         _import_map(session, source, path)

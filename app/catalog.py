@@ -8,14 +8,15 @@ from __future__ import annotations
 import difflib
 import random
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from sqlalchemy import ColumnElement, Float, Integer, func, literal, select, union_all
+from sqlalchemy import ColumnElement, Float, Integer, UnaryExpression, func, literal, or_, select, union_all
 from sqlalchemy.orm import Session
 
-from app.errors import NotFound
+from app import wording
+from app.errors import BadInput, NotFound
 from app.protocol import ModelCard, ModelRef, SaeRef
 from app.settings import Settings
 from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, HarvestState, Model, Source
@@ -72,8 +73,13 @@ _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _INDEX = re.compile(r"[0-9]{1,9}", re.ASCII)
 _NEAR = 6
 
-Sort = Literal["index", "density", "max", "label"]
+_RANGES = re.compile(r"[0-9]{1,9}(-[0-9]{1,9})?(,[0-9]{1,9}(-[0-9]{1,9})?)*", re.ASCII)
+_MAX_RANGES, _MAX_LONG_RANGES = 4_000, 400
+_SHORT = 64
+
+Sort = Literal["index", "density", "max", "label", "token", "logit"]
 Kind = Literal["all", "live", "labelled", "dense", "dead"]
+Labelled = Literal["", "yes", "no"]
 
 
 class NotInCatalog(NotFound):
@@ -202,7 +208,11 @@ class FeatureRecord:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which features of a source a table shows, in which order. Texts match anywhere, whatever their case."""
+    """Which features of a source a table shows, in which order. Texts match anywhere, whatever their case.
+
+    `token` is looked for in all tokens that the top examples are active on, `logit` in the ten that are promoted most;
+    in quotes they mean a whole token.
+    """
 
     sort: Sort = "index"
     descending: bool = False
@@ -211,8 +221,14 @@ class Filter:
     token: str = ""
     logit: str = ""
     kind: Kind = "all"
+    labelled: Labelled = ""
     min_density: float | None = None
     max_density: float | None = None
+    min_act: float | None = None
+    max_act: float | None = None
+    """Bounds of a feature's maximum activation."""
+    features: str = ""
+    """Only these, as `3,7-12`; what a selection on the map becomes."""
 
 
 @dataclass(frozen=True)
@@ -321,18 +337,30 @@ def default_source(session: Session, model_id: str, layer: int) -> SourceCard:
 def table(session: Session, source: SourceCard, wanted: Filter) -> Table:
     """Return a page of a source's features and how many there are in all; a page past the end is empty."""
     where = _conditions(source, wanted)
-    total = session.execute(select(func.count()).select_from(Feature).where(*where)).scalar_one()
-    columns = {"index": Feature.index, "density": Feature.density, "max": Feature.max_act, "label": Feature.label}
-    column = columns[wanted.sort]
-    order = column.desc() if wanted.descending else column.asc()
-    rows = session.execute(
-        select(Feature)
+    total = count(session, source, wanted)
+    page = (
+        select(Feature.index)
         .where(*where)
-        .order_by(order, Feature.index)
+        .order_by(*_order(wanted))
         .limit(PAGE_SIZE)
         .offset((wanted.page - 1) * PAGE_SIZE)
-    ).scalars()
-    return Table(tuple(_row(feature) for feature in rows), total, wanted)
+    )
+    # The page's indices first, so that a page far down the order reads no row but its own.
+    found = rows(session, source, session.execute(page).scalars().all())
+    return Table(tuple(found.values()), total, wanted)
+
+
+def count(session: Session, source: SourceCard, wanted: Filter) -> int:
+    """Return how many features a filter lets through."""
+    where = _conditions(source, wanted)
+    return session.execute(select(func.count()).select_from(Feature).where(*where)).scalar_one()
+
+
+def every_row(session: Session, source: SourceCard, wanted: Filter) -> Iterator[FeatureRow]:
+    """Yield all features a filter lets through, in its order, without holding them all."""
+    query = select(Feature).where(*_conditions(source, wanted)).order_by(*_order(wanted))
+    for feature in session.scalars(query.execution_options(yield_per=1000)):
+        yield _row(feature)
 
 
 def random_feature(session: Session, source: SourceCard, wanted: Filter | None = None) -> int:
@@ -436,13 +464,13 @@ def related(
 
 
 def rows(session: Session, source: SourceCard, indices: Collection[int]) -> dict[int, FeatureRow]:
-    """Return features of a source by index, in as few queries as parameter limits allow."""
-    wanted = sorted(set(indices))
+    """Return features of a source by index, in the order asked for, in as few queries as parameter limits allow."""
+    wanted = list(dict.fromkeys(indices))
     found: dict[int, FeatureRow] = {}
     for start in range(0, len(wanted), 5000):
         chunk = select(Feature).where(Feature.source_id == source.id, Feature.index.in_(wanted[start : start + 5000]))
         found |= {feature.index: _row(feature) for feature in session.execute(chunk).scalars()}
-    return found
+    return {index: found[index] for index in wanted if index in found}
 
 
 def sae_ref(settings: Settings, source: SourceCard) -> SaeRef:
@@ -524,23 +552,77 @@ def _row(feature: Feature) -> FeatureRow:
 
 def like(column: ColumnElement[str] | Any, text: str) -> ColumnElement[bool]:
     """Return a condition: the text occurs in the column, whatever wildcards or case it holds."""
-    escaped = re.sub(r"([\\%_])", r"\\\1", text.lower().replace("\0", ""))
-    return func.lower(column).like(f"%{escaped}%", escape="\\")
+    return _holds(func.lower(column), text.lower().replace("\0", ""))
+
+
+def _holds(column: ColumnElement[str], text: str) -> ColumnElement[bool]:
+    escaped = re.sub(r"([\\%_])", r"\\\1", text)
+    return column.like(f"%{escaped}%", escape="\\")
+
+
+def parse_ranges(text: str) -> list[tuple[int, int]]:
+    """Return `3,7-12` as pairs of first and last. Raises BadInput for what is no such list, or a very long one."""
+    if not _RANGES.fullmatch(text):
+        raise BadInput(f"{text[:40]!r} is no list of features: write numbers and ranges such as 3,7-12.")
+    parts = [part.partition("-") for part in text.split(",")]
+    long = sum(1 for first, _, last in parts if last and int(last) - int(first) >= _SHORT)
+    if len(parts) > _MAX_RANGES or long > _MAX_LONG_RANGES:
+        raise BadInput(
+            f"The list has {len(parts):,} ranges of features, {long:,} of them long; up to {_MAX_RANGES:,} and "
+            f"{_MAX_LONG_RANGES} are looked up at once."
+        )
+    return [(int(first), int(last or first)) for first, _, last in parts]
+
+
+def ranges(indices: Collection[int]) -> str:
+    """Return indices as `3,7-12`, the shortest list that parse_ranges reads."""
+    runs: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _order(wanted: Filter) -> tuple[ColumnElement[Any] | UnaryExpression[Any], ...]:
+    columns: dict[Sort, Any] = {
+        "index": Feature.index,
+        "density": Feature.density,
+        "max": Feature.max_act,
+        "label": Feature.label,
+        "token": Feature.top_token,
+        "logit": Feature.top_logit,
+    }
+    column = columns[wanted.sort]
+    return (column.desc() if wanted.descending else column.asc(), Feature.index.asc())
 
 
 def _conditions(source: SourceCard, wanted: Filter) -> list[ColumnElement[bool]]:
     where: list[ColumnElement[bool]] = [Feature.source_id == source.id]
-    for column, text in (
-        (Feature.label, wanted.label),
-        (Feature.top_token, wanted.token),
-        (Feature.top_logit, wanted.logit),
+    if wanted.label:
+        where.append(like(Feature.label, wanted.label))
+    for column, shown, text in (
+        (Feature.tokens, Feature.top_token, wanted.token),
+        (Feature.logits, Feature.top_logit, wanted.logit),
     ):
         if text:
-            where.append(like(column, text))
-    if wanted.min_density is not None:
-        where.append(Feature.density >= wanted.min_density)
-    if wanted.max_density is not None:
-        where.append(Feature.density <= wanted.max_density)
+            # A source whose words were not gathered yet is searched by what its rows show.
+            whole = func.coalesce(column, wording.SEPARATOR + func.lower(shown) + wording.SEPARATOR)
+            where.append(_holds(whole, wording.wanted(text)))
+    bounds = (
+        (Feature.density, wanted.min_density, wanted.max_density),
+        (Feature.max_act, wanted.min_act, wanted.max_act),
+    )
+    for column, least, most in bounds:
+        if least is not None:
+            where.append(column >= least)
+        if most is not None:
+            where.append(column <= most)
+    if wanted.labelled:
+        where.append(Feature.label != "" if wanted.labelled == "yes" else Feature.label == "")
+    if wanted.features:
+        where.append(_among(parse_ranges(wanted.features)))
     kinds: dict[Kind, ColumnElement[bool]] = {
         "live": Feature.max_act > 0,
         "labelled": Feature.label != "",
@@ -548,6 +630,13 @@ def _conditions(source: SourceCard, wanted: Filter) -> list[ColumnElement[bool]]
         "dead": Feature.max_act <= 0,
     }
     return [*where, kinds[wanted.kind]] if wanted.kind in kinds else where
+
+
+def _among(wanted: list[tuple[int, int]]) -> ColumnElement[bool]:
+    # Short ranges as numbers: SQLite's expressions may not be a thousand conditions deep.
+    single = [index for first, last in wanted if last - first < _SHORT for index in range(first, last + 1)]
+    wide = [Feature.index.between(first, last) for first, last in wanted if last - first >= _SHORT]
+    return or_(Feature.index.in_(single), *wide)
 
 
 def _sample(session: Session, source: SourceCard, n: int, *, labelled: bool = True) -> list[FeatureRow]:

@@ -36,6 +36,7 @@ from app import (
     supervisor,
     validations,
     weights,
+    wording,
 )
 from app.demo import prepare
 from app.errors import AtlasError, BadInput, NotFound
@@ -135,6 +136,8 @@ def migrate() -> None:
     settings = Settings()
     engine = db.connect(settings)
     db.migrate(engine)
+    with db.sessions(engine).begin() as session:
+        wording.fill_missing(session, settings, lambda name: _out.print(f"Gathering the tokens of {escape(name)}"))
     _out.print(f"{escape(engine.url.render_as_string())} has this version's schema.")
 
 

@@ -25,7 +25,7 @@ from typing import IO
 
 import structlog
 
-from app import db, lockfile, log
+from app import db, lockfile, log, wording
 from app.errors import BadInput, Conflict
 from app.settings import Settings
 
@@ -113,6 +113,10 @@ def serve(settings: Settings, announce: Callable[[Settings, list[Child]], None],
     lock = _lock(settings)
     engine = db.connect(settings)
     db.migrate(engine)
+    with db.sessions(engine).begin() as session:
+        wording.fill_missing(
+            session, settings, lambda name: _logger.info("gathering the tokens of features", source=name)
+        )
     engine.dispose()
     supervisor = Supervisor(children(settings), environment(settings), log_dir)
     with lock, _address_written(settings), _signals(supervisor):

@@ -168,6 +168,10 @@ class Feature(Table):
     """The token of its highest activation, as shown."""
     top_logit: Mapped[Slug]
     """The output token it promotes most, as shown."""
+    tokens: Mapped[str | None] = mapped_column(Text, deferred=True)
+    """The tokens its top examples are active on, for filters (app.wording); None before they were gathered."""
+    logits: Mapped[str | None] = mapped_column(Text, deferred=True)
+    """The output tokens it promotes most, in the same form."""
 
 
 class Evidence(Table):
@@ -231,6 +235,19 @@ class Explanation(Table):
     """`heuristic` for the automatic labels, a method name or `human` otherwise."""
     author: Mapped[Slug]
     created_at: Mapped[Moment]
+
+
+class Embedding(Table):
+    """The meaning of one text as a unit vector, for search; the same text anywhere has one row."""
+
+    __tablename__ = "embeddings"
+
+    text_hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """app.meaning.text_hash of the text."""
+    model: Mapped[str] = mapped_column(String(200), primary_key=True)
+    """The embedding model that made it; vectors of different models do not compare."""
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+    """float16, little-endian."""
 
 
 class JobState(StrEnum):

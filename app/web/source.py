@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, field_validator
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from app import catalog, harvests, validations
-from app.catalog import Filter, HarvestCard, Kind, SourceCard, Table
+from app import catalog, harvests, tablefiles, validations
+from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
 from app.placement import placement
 from app.present import Chart, amount, density_chart, percent
 from app.protocol import ModelCard
@@ -22,6 +22,10 @@ from app.validations import Validation
 from app.web.pages import Config, Db, Gpu, partial, query, render
 
 router = APIRouter()
+
+Column = Literal["label", "density", "max", "token", "logit"]
+COLUMNS: tuple[str, ...] = get_args(Column)
+"""What a table shows beside the index, unless its address chooses."""
 
 _METRICS: dict[str, tuple[str, str]] = {
     "explained_variance": (
@@ -65,11 +69,34 @@ class TablePage:
 
     source: SourceCard
     table: Table
+    columns: tuple[str, ...] = COLUMNS
+
+    @property
+    def addressed(self) -> tuple[str, ...]:
+        """The columns as addresses name them: not at all when they are the usual ones."""
+        return () if self.columns == COLUMNS else self.columns
+
+    @property
+    def filtered(self) -> bool:
+        usual = Filter(
+            sort=self.table.filter.sort, descending=self.table.filter.descending, page=self.table.filter.page
+        )
+        return self.table.filter != usual
+
+    @property
+    def more(self) -> str:
+        """The address of the next page's rows alone, for scrolling on."""
+        wanted = _parameters(replace(self.table.filter, page=self.table.filter.page + 1))
+        return self.source.path + query(wanted | {"columns": self.addressed, "rows": "true"})
+
+    def export(self, kind: str) -> str:
+        wanted = _parameters(replace(self.table.filter, page=1)) | {"columns": self.addressed}
+        return f"{self.source.path}/features.{kind}{query(wanted)}"
 
     def link(self, **changes: Any) -> str:
         """Return the address of this table with some of its filter changed; a change but of page goes to the first."""
         wanted = replace(self.table.filter, **({"page": 1} | changes))
-        return self.source.path + query(_parameters(wanted))
+        return self.source.path + query(_parameters(wanted) | {"columns": self.addressed})
 
     def sorting(self, column: str) -> str:
         """Return the address that sorts by a column, or turns its order round."""
@@ -118,22 +145,59 @@ class FilterQuery(BaseModel):
     token: str = Field("", max_length=100)
     logit: str = Field("", max_length=100)
     kind: Kind = "all"
+    labelled: catalog.Labelled = ""
     min_density: float | None = Field(None, ge=0, le=1)
     max_density: float | None = Field(None, ge=0, le=1)
+    min_act: float | None = Field(None, ge=0, allow_inf_nan=False)
+    max_act: float | None = Field(None, ge=0, allow_inf_nan=False)
+    features: str = Field("", max_length=50_000)
+    columns: list[Column] = Field(default_factory=list[Column], max_length=20)
+    """Beside the index, which is always there; none means all."""
+    rows: bool = False
+    """Only the rows, for scrolling on."""
 
-    @field_validator("min_density", "max_density", mode="before")
+    @field_validator("min_density", "max_density", "min_act", "max_act", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
 
     def filter(self) -> Filter:
-        return Filter(**self.model_dump())
+        return Filter(**self.model_dump(exclude={"columns", "rows"}))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return tuple(name for name in COLUMNS if name in self.columns) or COLUMNS
 
 
 @router.get("/{model}/{source}/random")
 def random_in_source(model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]) -> Response:
     found = catalog.source_card(session, model, source)
     return RedirectResponse(f"{found.path}/{catalog.random_feature(session, found, wanted.filter())}", 302)
+
+
+@router.get("/{model}/{source}/features.{kind}")
+def export(
+    request: Request,
+    model: str,
+    source: str,
+    kind: Literal["csv", "json"],
+    session: Db,
+    wanted: Annotated[FilterQuery, Query()],
+) -> Response:
+    """Stream the filtered table, however long, in its order and with its columns."""
+    found = catalog.source_card(session, model, source)
+    catalog.parse_ranges(wanted.features or "0")
+    sessions = request.app.state.sessions
+
+    def rows() -> Iterator[FeatureRow]:
+        # A session of its own: the request's may be closed before the last row is sent.
+        with sessions() as own:
+            yield from catalog.every_row(own, found, wanted.filter())
+
+    write = tablefiles.csv_lines if kind == "csv" else tablefiles.json_lines
+    headers = {"content-disposition": f'attachment; filename="{found.model_id}-{found.name}-features.{kind}"'}
+    media = "text/csv; charset=utf-8" if kind == "csv" else "application/json"
+    return StreamingResponse(write(found, rows(), wanted.shown), media_type=media, headers=headers)
 
 
 @router.get("/{model}/{source}/memory")
@@ -179,7 +243,8 @@ def source_page(
         return RedirectResponse(catalog.default_source(session, model, int(source)).path, 302)
     if partial(request):
         found = catalog.source_card(session, model, source)
-        return render(request, "_features.html", TablePage(found, catalog.table(session, found, wanted.filter())))
+        shown = TablePage(found, catalog.table(session, found, wanted.filter()), wanted.shown)
+        return render(request, "_rows.html" if wanted.rows else "_features.html", shown)
     card, found, harvest = catalog.source_page(session, model, source)
     measured = metrics(found.metrics)
     page = SourcePage(
@@ -191,7 +256,7 @@ def source_page(
         config=facts(found.config),
         origin=facts(found.origin),
         density=density_chart(harvest.summary) if harvest else None,
-        features=TablePage(found, catalog.table(session, found, wanted.filter())),
+        features=TablePage(found, catalog.table(session, found, wanted.filter()), wanted.shown),
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
         shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
