@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import evidence, harvests, maps, weights, wording
+from app import embeddings, evidence, harvests, maps, weights, wording
 from app.corpora import Report, tokens_dir
 from app.errors import BadFile, Conflict, NotFound
 from app.harvests import FeatureRecord
@@ -142,6 +142,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     harvests.record(session, source, harvest, _features(path, manifest, report))
     wording.fill(session, settings, source)
     _import_explanations(session, source, path)
+    embeddings.queue(session, settings)
     if MAP_FILE in listed:
         _import_map(session, source, path)
     report(1.0, f"Imported {manifest.n_features:,} features")

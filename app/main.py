@@ -12,6 +12,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from app import db
 from app.api import activations, explanations, features, health, steer, tokenize, unknown
 from app.gpu import Worker
+from app.labelindex import LabelIndex
 from app.settings import Settings
 from app.web import docs, feature, home, job, prompt, search, source, steering, upload
 from app.web.guard import Guard, LargerBodies, is_loopback
@@ -31,6 +32,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.engine = engine
         app.state.sessions = db.sessions(engine)
         app.state.worker = Worker(settings)
+        app.state.labels = LabelIndex(app.state.sessions)
         try:
             yield
         finally:

@@ -56,7 +56,7 @@ def encoder() -> Encoder | None:
 
 
 class Encoder:
-    """all-MiniLM-L6-v2 read from its directory. The weights are memory-mapped: of the vocabulary only used rows load."""
+    """all-MiniLM-L6-v2 read from its directory, memory-mapped: of the vocabulary only the rows that are used load."""
 
     def __init__(self, here: Path) -> None:
         from tokenizers import Tokenizer

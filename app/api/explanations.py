@@ -1,16 +1,18 @@
-"""Text search over explanations in Neuronpedia's shape: in sources, in a model, in everything."""
+"""Search over explanations, by words and meaning, in Neuronpedia's shape: in sources, in a model, in everything."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from app import search
 from app.api.features import Json
-from app.search import Hit, Results
+from app.labelindex import LabelIndex
+from app.search import Hit, Results, Scope
 from app.web.pages import Db
 
 router = APIRouter(prefix="/explanation", tags=["explanations"])
@@ -31,23 +33,27 @@ class InSources(InModel):
 
 
 @router.post("/search")
-def search_sources(wanted: InSources, session: Db) -> Response:
-    """Explanations of some sources of a model that hold every word of the query."""
-    found = search.labels(session, wanted.query, model_id=wanted.modelId, sources=wanted.layers, offset=wanted.offset)
-    return Json(_results(wanted, found))
+def search_sources(request: Request, wanted: InSources, session: Db) -> Response:
+    """Explanations of some sources of a model that fit the query by words or meaning, closest first."""
+    return Json(_results(wanted, _found(request, session, wanted, Scope(wanted.modelId, sources=tuple(wanted.layers)))))
 
 
 @router.post("/search-model")
-def search_model(wanted: InModel, session: Db) -> Response:
-    """Explanations of one model that hold every word of the query."""
-    return Json(_results(wanted, search.labels(session, wanted.query, model_id=wanted.modelId, offset=wanted.offset)))
+def search_model(request: Request, wanted: InModel, session: Db) -> Response:
+    """Explanations of one model that fit the query by words or meaning, closest first."""
+    return Json(_results(wanted, _found(request, session, wanted, Scope(wanted.modelId))))
 
 
 @router.post("/search-release")
 @router.post("/search-all")
-def search_everything(wanted: Everywhere, session: Db) -> Response:
-    """Explanations anywhere in the catalog that hold every word of the query."""
-    return Json(_results(wanted, search.labels(session, wanted.query, offset=wanted.offset)))
+def search_everything(request: Request, wanted: Everywhere, session: Db) -> Response:
+    """Explanations anywhere in the catalog that fit the query by words or meaning, closest first."""
+    return Json(_results(wanted, _found(request, session, wanted, Scope())))
+
+
+def _found(request: Request, session: Session, wanted: Everywhere, scope: Scope) -> Results:
+    labels: LabelIndex = request.app.state.labels
+    return search.find(session, labels.current(session), wanted.query, scope, offset=wanted.offset)
 
 
 def _results(wanted: BaseModel, found: Results) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def _hit(hit: Hit) -> dict[str, Any]:
         "description": hit.text,
         "explanationModelName": hit.author,
         "typeName": hit.method,
-        "cosine_similarity": hit.closeness,
+        "cosine_similarity": hit.closeness if hit.cosine is None else round(hit.cosine, 4),
         "neuron": {
             "modelId": hit.model_id,
             "layer": hit.source,

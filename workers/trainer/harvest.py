@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from app import corpora, harvests, wording
+from app import corpora, embeddings, harvests, wording
 from app.corpora import Stream
 from app.errors import Conflict
 from app.evidence import Example, FeatureEvidence, pack, unpack
@@ -126,6 +126,7 @@ class Harvest(JobKind):
                 records,
             )
             wording.fill(session, context.settings, source)
+            embeddings.queue(session, context.settings)
         dead = sum(r.evidence.n_active == 0 for r in records)
         result = {"url": f"/{reading.spec.model}/{reading.spec.source}", "n_tokens": n_tokens, "dead_features": dead}
         loaded.leave_only_result(context, result)

@@ -115,6 +115,7 @@ class JobKind(ABC):
 
 
 _REGISTRY = {
+    "embed": "workers.trainer.embed:Embed",
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
     "validate": "workers.trainer.validate:Validate",
