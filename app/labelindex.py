@@ -182,6 +182,12 @@ class _Dictionary:
         return [(number, 0.8 - 0.1 * d) for number, d in near if d <= allowed]
 
 
+def _trigrams(word: str) -> set[str]:
+    """Of the word between blanks, so that its beginning counts more than its middle."""
+    padded = f"  {word} "
+    return {padded[i : i + 3] for i in range(len(padded) - 2)}
+
+
 def distance(a: str, b: str, most: int) -> int:
     """Return how many letters must be changed, added, left out or swapped with the next; most + 1 when more."""
     if abs(len(a) - len(b)) > most:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +75,7 @@ class Encoder:
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Return one unit vector a text, [len(texts), 384]."""
         encodings = self._tokenizer.encode_batch([text.encode("utf-8", "replace").decode() for text in texts])
-        ids = [cast("list[int]", encoding.ids) for encoding in encodings]
+        ids = [encoding.ids for encoding in encodings]
         made = np.zeros((len(texts), D_MODEL), dtype=np.float32)
         # Texts of one length go together, so that no position is padding.
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -1,7 +1,7 @@
 """Search over labels and explanations across sources. Takes a Session, knows no HTTP.
 
-With the index in memory (app.labelindex) words may be misspelt and the meaning counts: `find`. Without it SQL answers by
-words alone: `labels`. There every word of the query must occur; the closest texts come first: the query itself, then
+With the index in memory (app.labelindex) words may be misspelt and the meaning counts: `find`. Without it SQL answers
+by words alone: `labels`. There every word of the query must occur; the closest texts come first: the query itself, then
 texts that begin with it, then those that hold it as it stands, then shorter before longer.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, case, func, select, tuple_
+from sqlalchemy import ColumnElement, Select, case, func, select, tuple_
 from sqlalchemy.orm import Session
 
 from app import meaning
@@ -187,7 +187,7 @@ def _vector(query: str) -> meaning.Vectors | None:
     return None if encoder is None else np.asarray(encoder.embed([query])[0])
 
 
-def _statement(*more: Any) -> Any:
+def _statement(*more: ColumnElement[Any]) -> Select[*tuple[Any, ...]]:
     return (
         select(Explanation, Source.model_id, Source.name, Feature, *more)
         .join(Source, Source.id == Explanation.source_id)

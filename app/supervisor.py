@@ -25,7 +25,7 @@ from typing import IO
 
 import structlog
 
-from app import db, lockfile, log, wording
+from app import db, embeddings, lockfile, log, wording
 from app.errors import BadInput, Conflict
 from app.settings import Settings
 
@@ -117,6 +117,8 @@ def serve(settings: Settings, announce: Callable[[Settings, list[Child]], None],
         wording.fill_missing(
             session, settings, lambda name: _logger.info("gathering the tokens of features", source=name)
         )
+        if embeddings.missing(session):
+            embeddings.queue(session, settings)
     engine.dispose()
     supervisor = Supervisor(children(settings), environment(settings), log_dir)
     with lock, _address_written(settings), _signals(supervisor):

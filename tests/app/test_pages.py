@@ -211,7 +211,7 @@ def test_a_saved_run_is_shown_again(client: TestClient) -> None:
 
 def test_search_finds_labels_and_says_when_there_are_none(client: TestClient) -> None:
     assert 'href="/tiny/1-demo/4"' in text(client, "/search?q=winter")
-    assert "No label holds" in text(client, "/search?q=nothing+such")
+    assert "No label fits" in text(client, "/search?q=nothing+such")
     assert text(client, "/search?q=winter", **{"HX-Request": "true"}).lstrip().startswith('<section id="hits"')
 
 
