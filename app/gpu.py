@@ -25,6 +25,8 @@ from app.protocol import (
     AttributeRequest,
     ChatReply,
     ChatRequest,
+    DifferenceReply,
+    DifferenceRequest,
     EncodeReply,
     EncodeRequest,
     End,
@@ -38,10 +40,16 @@ from app.protocol import (
     LoadRequest,
     Message,
     ModelRef,
+    NextReply,
+    NextRequest,
     PredictReply,
     PredictRequest,
+    Queued,
     SaeActs,
     SaeRef,
+    ScoredText,
+    ScoreReply,
+    ScoreRequest,
     Start,
     TextActs,
     Token,
@@ -54,7 +62,7 @@ from app.settings import Settings
 MAX_LOADS = 200
 """Five seconds each: about a quarter of an hour."""
 _BASE = "http://worker"
-_EVENTS = {"start": Start, "token": Token, "end": End}
+_EVENTS = {"queued": Queued, "start": Start, "token": Token, "end": End}
 _STATUS = TypeAdapter(WorkerStatus)
 _GONE = (aiohttp.ClientError, ConnectionError, OSError, asyncio.TimeoutError)
 
@@ -116,7 +124,7 @@ class Worker:
     async def chat(self, request: ChatRequest) -> ChatReply:
         return ChatReply.model_validate(await self._call("/chat", request))
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Start | Token | End]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Queued | Start | Token | End]:
         """Yield a run's events as they come. Closing the iterator closes the connection, which ends the run."""
         # The deadline is on silence: a run as a whole may take as long as it has tokens.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._seconds, sock_read=self._seconds)
@@ -128,6 +136,16 @@ class Worker:
                 yield event
             if not ended:
                 raise _unavailable("stopped in the middle of a run")
+
+    async def next_tokens(self, request: NextRequest) -> NextReply:
+        return NextReply.model_construct(None, **await self._call("/next", request))
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        answer = await self._call("/score", request)
+        return ScoreReply.model_construct(texts=[ScoredText.model_construct(None, **text) for text in answer["texts"]])
+
+    async def difference(self, request: DifferenceRequest) -> DifferenceReply:
+        return DifferenceReply.model_construct(None, **await self._call("/difference", request))
 
     async def status(self) -> WorkerStatus:
         timeout = aiohttp.ClientTimeout(total=min(self._seconds, 5))
@@ -188,7 +206,7 @@ def _headers() -> dict[str, str]:
     return {"content-type": "application/json", "x-request-id": str(request_id)}
 
 
-def _event(line: bytes) -> Start | Token | End:
+def _event(line: bytes) -> Queued | Start | Token | End:
     fields = orjson.loads(line)
     return _EVENTS[fields["event"]].model_construct(None, **fields)
 

@@ -9,7 +9,10 @@
     POST /ablate     AblateRequest     -> AblateReply
     POST /faithful   FaithfulRequest   -> FaithfulReply
     POST /chat       ChatRequest       -> ChatReply
-    POST /generate   GenerateRequest  -> NDJSON of Start, Token, End; closing the connection cancels
+    POST /generate   GenerateRequest  -> NDJSON of Queued, Start, Token, End; closing the connection cancels
+    POST /next       NextRequest      -> NextReply
+    POST /score      ScoreRequest     -> ScoreReply
+    POST /difference DifferenceRequest -> DifferenceReply
     GET  /status                      -> WorkerStatus
 
 An error is a JSON object {"error": sentence} with the status of its class in app.errors.
@@ -289,48 +292,116 @@ class ChatReply(Message):
 
 
 class SteerMethod(StrEnum):
+    """Neuronpedia's names for what is done with all features of a run."""
+
     ADDITIVE = "SIMPLE_ADDITIVE"
     ORTHOGONAL = "ORTHOGONAL_DECOMP"
     CAP = "PROJECTION_CAP"
 
 
-class SteerDirection(Message):
-    """One feature's part in steering: coefficient x the unit decoder row, at the SAE's (output) hook."""
+class Operation(StrEnum):
+    """What is done with one feature; workers.sae.steering has the equations."""
 
-    sae: SaeRef
-    latent: int
+    ADD = "add"
+    CLAMP = "clamp"
+    SCALE = "scale"
+    ABLATE = "ablate"
+    ORTHOGONAL = "orthogonal"
+    CAP = "cap"
+
+
+class Positions(StrEnum):
+    """Which tokens a feature is steered on. The beginning-of-text token never is."""
+
+    ALL = "all"
+    GENERATED = "generated"
+    PROMPT = "prompt"
+    CHOSEN = "chosen"
+
+
+class SteerDirection(Message):
+    """One feature's part in steering, at the hook its SAE writes to; or a vector's, at a hook of its own."""
+
+    sae: SaeRef | None = None
+    latent: int = 0
+    hook_name: str = ""
+    """Of a vector; empty for a feature."""
+    vector: str = ""
+    """Base64 of float32 little-endian numbers, as many as the hook has; scaled to norm 1 before it is used."""
     coefficient: float
+    operation: Operation = Operation.ADD
+    positions: Positions = Positions.ALL
+    at: list[int] = Field(default_factory=list[int])
+    """Positions in the prompt, the first token being 0; read with Positions.CHOSEN."""
+    spare_special: bool = False
+    """Leave special tokens as they are."""
+
+
+class SteerRow(Message):
+    """One of the texts of a run that grow side by side."""
+
+    name: str = Field(max_length=40)
+    prompt: str | None = None
+    """None takes the request's."""
+    messages: list[ChatMessage] = Field(default_factory=list[ChatMessage])
+    """A conversation to go on with, instead of a prompt; written with the model's chat template."""
+    directions: list[SteerDirection] = Field(default_factory=list[SteerDirection])
 
 
 class GenerateRequest(Message):
     model: ModelRef
-    prompt: str
-    directions: list[SteerDirection]
-    method: SteerMethod = SteerMethod.ADDITIVE
+    prompt: str = ""
+    rows: list[SteerRow] = Field(min_length=1, max_length=32)
+    n_samples: int = Field(default=1, ge=1, le=16)
+    """How many texts of each row; the nth of every row draws the same random numbers."""
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the likeliest tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Only so many of the likeliest tokens; 0 is all."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Only tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides (or multiplies, below zero) the logit of every token of the prompt or the text so far."""
     freq_penalty: float = 0.0
     """Subtracted from a token's logit once for each time it was generated before."""
     seed: int = 16
+    stop: list[str] = Field(default_factory=list[str], max_length=8)
+    """A text ends where one of these begins."""
     n_logprobs: int = Field(default=0, ge=0, le=20)
     prepend_bos: bool = True
+    user: str = ""
+    """Who asks; users take turns when runs have to wait."""
+
+
+class Queued(Message):
+    event: Literal["queued"] = "queued"
+    place: int
+    """1 is next; 0 says that it was let in."""
 
 
 class Start(Message):
     event: Literal["start"] = "start"
     prompt_ids: list[int]
+    """Of the first row."""
+    rows: list[list[int]] = Field(default_factory=list[list[int]])
+    """Prompt ids of every row."""
 
 
 class Token(Message):
     event: Literal["token"] = "token"
-    row: Literal["default", "steered"]
+    row: str
+    sample: int = 0
     id: int
     logprob: float
     """Natural logarithm of the token's probability under its own row, before temperature and penalties."""
     top: list[tuple[int, float]] = Field(default_factory=list[tuple[int, float]])
     more: bool = False
-    """The other row's token of the same step follows at once; whoever shows both may wait for it."""
+    """Another row's token of the same step follows at once; whoever shows all may wait for it."""
+    keep: int | None = None
+    """Only so many characters of it belong to the text: a stop string begins inside."""
 
 
 class End(Message):
@@ -338,9 +409,80 @@ class End(Message):
     error: str = ""
     """Empty when all went well."""
     seconds: float = 0.0
+    finish: list[tuple[str, int, str]] = Field(default_factory=list[tuple[str, int, str]])
+    """Row, sample and why it ended: `length`, `eos` or `stop`."""
 
 
-StreamEvent = Annotated[Start | Token | End, Field(discriminator="event")]
+StreamEvent = Annotated[Queued | Start | Token | End, Field(discriminator="event")]
+
+
+class NextRequest(Message):
+    """What the next token would be in each row, by one forward pass."""
+
+    model: ModelRef
+    prompt: str = ""
+    rows: list[SteerRow] = Field(min_length=1, max_length=32)
+    n_top: int = Field(default=10, ge=1, le=50)
+    prepend_bos: bool = True
+
+
+class NextReply(Message):
+    ids: list[int]
+    """The likeliest tokens of any row, each once."""
+    logprobs: list[list[float]]
+    """[row][token]."""
+
+
+class Scored(Message):
+    """A text to look at again: prompt and continuation."""
+
+    ids: list[int] = Field(min_length=2)
+    start: int = Field(ge=1)
+    """Where the continuation begins."""
+
+
+class ScoreRequest(Message):
+    """Read finished texts once more under several conditions, each a list of directions."""
+
+    model: ModelRef
+    texts: list[Scored] = Field(min_length=1, max_length=64)
+    conditions: list[list[SteerDirection]] = Field(min_length=1, max_length=8)
+    """The first should be the empty list, the model left alone; activations are read there."""
+    queries: list[SaeQuery] = Field(default_factory=list[SaeQuery])
+    n_top: int = Field(default=0, ge=0, le=20)
+
+
+class ScoredText(Message):
+    logprobs: list[list[float]]
+    """[condition][token of the continuation]."""
+    tops: list[list[list[tuple[int, float]]]]
+    """[condition][token] -> the likeliest tokens in its place."""
+    acts: list[list[list[float]]]
+    """[query][asked latent][token of the continuation], in the model left alone."""
+
+
+class ScoreReply(Message):
+    texts: list[ScoredText]
+
+
+class DifferenceRequest(Message):
+    """The mean activation over some texts less that over others: a direction to steer along."""
+
+    model: ModelRef
+    hook_name: str
+    plus: list[str] = Field(min_length=1, max_length=256)
+    minus: list[str] = Field(min_length=1, max_length=256)
+    last_only: bool = False
+    """Only each text's last token instead of the mean over its tokens."""
+    prepend_bos: bool = True
+
+
+class DifferenceReply(Message):
+    vector: str
+    """Base64 of float32, not scaled."""
+    norm: float
+    usual_norm: float
+    """Mean norm of the activations themselves, to compare it with."""
 
 
 class Resident(Message):

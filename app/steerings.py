@@ -1,4 +1,7 @@
-"""Saved steering runs: what was asked and what came of it, so that an address shows it again. The caller commits."""
+"""Saved steering runs and presets: what was asked and what came of it, so that an address shows it again.
+
+The caller commits.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.errors import NotFound
-from app.tables import SteeringRun
+from app.errors import BadInput, NotFound
+from app.tables import SteeringPreset, SteeringRun
 
 
 def save(session: Session, model_id: str, request: Mapping[str, Any], result: Mapping[str, Any]) -> SteeringRun:
@@ -32,3 +36,37 @@ def get(session: Session, run_id: str) -> SteeringRun:
 
 def path(run: SteeringRun) -> str:
     return f"/{run.model_id}/steer/{run.id}"
+
+
+MAX_PRESETS = 500
+
+
+def save_preset(session: Session, model_id: str, name: str, settings: Mapping[str, Any]) -> SteeringPreset:
+    """Store a preset under a name; the same name again replaces it, and keeps its address."""
+    name = name.strip()[:200]
+    if not name:
+        raise BadInput("A preset needs a name.")
+    wanted = select(SteeringPreset).where(SteeringPreset.model_id == model_id, SteeringPreset.name == name)
+    preset = session.scalars(wanted).first()
+    if preset is None:
+        n = session.scalar(select(func.count()).where(SteeringPreset.model_id == model_id)) or 0
+        if n >= MAX_PRESETS:
+            raise BadInput(f"{model_id} has {n} presets already. Delete some.")
+        preset = SteeringPreset(id=secrets.token_urlsafe(8), model_id=model_id, name=name, settings={})
+        session.add(preset)
+    preset.settings = dict(settings)
+    session.flush()
+    return preset
+
+
+def presets(session: Session, model_id: str) -> list[SteeringPreset]:
+    wanted = select(SteeringPreset).where(SteeringPreset.model_id == model_id).order_by(SteeringPreset.name)
+    return list(session.scalars(wanted))
+
+
+def preset(session: Session, model_id: str, preset_id: str) -> SteeringPreset:
+    """Return a preset. Raises NotFound."""
+    found = session.get(SteeringPreset, preset_id) if preset_id.isascii() and len(preset_id) <= 32 else None
+    if found is None or found.model_id != model_id:
+        raise NotFound(f"There is no preset {preset_id[:40]!r} of {model_id[:60]}.")
+    return found

@@ -336,3 +336,34 @@ class SteeringRun(Table):
     request: Mapped[Payload]
     result: Mapped[Payload]
     created_at: Mapped[Moment]
+
+
+class SteeringPreset(Table):
+    """Features with strengths and settings under a name, to start from or to share."""
+
+    __tablename__ = "steering_presets"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    name: Mapped[Slug]
+    settings: Mapped[Payload]
+    """What the steering page's form holds."""
+    created_at: Mapped[Moment]
+
+
+class SteeringVector(Table):
+    """A direction that belongs to no SAE: uploaded, or a mean difference of two sets of texts."""
+
+    __tablename__ = "steering_vectors"
+
+    id: Mapped[Key]
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    layer: Mapped[int]
+    hook_name: Mapped[Slug]
+    label: Mapped[Slug]
+    default_strength: Mapped[float] = mapped_column(Float)
+    values: Mapped[bytes] = mapped_column(LargeBinary)
+    """float32, little-endian."""
+    about: Mapped[LongText]
+    """How it was made."""
+    created_at: Mapped[Moment]

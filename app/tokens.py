@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +34,10 @@ class Vocabulary:
             strings[-1] += tail
         return strings
 
+    def reader(self) -> Reader:
+        """Return something that turns ids into text as they come."""
+        return Reader(self._bytes)
+
     def text(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes(token) for token in ids).decode("utf-8", "replace")
 
@@ -42,6 +46,21 @@ class Vocabulary:
 
     def _bytes(self, token: int) -> bytes:
         return self._tokens[token] if 0 <= token < len(self._tokens) else f"<{token}>".encode()
+
+
+class Reader:
+    """Tokens one by one: what each adds to the text, as `Vocabulary.strings` would say of all but the last."""
+
+    def __init__(self, to_bytes: Callable[[int], bytes]) -> None:
+        self._to_bytes = to_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def read(self, token: int) -> str:
+        return self._decoder.decode(self._to_bytes(token))
+
+    def rest(self) -> str:
+        """What is left of a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
 
 
 def write_vocabulary(path: Path, tokens: list[bytes]) -> None:

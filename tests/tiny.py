@@ -65,6 +65,10 @@ def save_tiny_model(directory: Path) -> None:
     )
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>")
+    fast.chat_template = (
+        "<bos>{% for m in messages %}{% if m.role == 'oracle' %}{{ raise_exception('no oracles') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=len(fast),

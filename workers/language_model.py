@@ -120,18 +120,28 @@ class LanguageModel:
 
         Raises BadInput where there is no template, or where it refuses these roles.
         """
+        text = self._templated(messages, add_generation_prompt)
+        bos = self.tokenizer.bos_token
+        first = self.card.bos_token_id is not None and bos and self.tokenizer.bos_token_id == self.card.bos_token_id
+        return text.removeprefix(bos) if first else text
+
+    def chat_ids(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Tokenise (role, content) messages up to where the assistant's next turn begins, exactly as transformers does.
+
+        A beginning-of-text token is there where the template writes one. Raises BadInput as `chat` does.
+        """
+        return self.to_ids(self._templated(messages, True), prepend_bos=False)
+
+    def _templated(self, messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
         if not self.card.has_chat_template:
             raise BadInput(f"{self.card.id} has no chat template; paste the text as it is.")
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template is a program of the model's author and raises what it likes
             raise BadInput(f"The chat template of {self.card.id} refuses these messages: {str(error)[:300]}") from None
-        bos = self.tokenizer.bos_token
-        first = self.card.bos_token_id is not None and bos and self.tokenizer.bos_token_id == self.card.bos_token_id
-        return text.removeprefix(bos) if first else text
 
     def bos_for(self, config: Mapping[str, Any]) -> int | None:
         """The token before every text read with an SAE of this config: the model's, unless it was trained without."""

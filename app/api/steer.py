@@ -1,15 +1,16 @@
-"""POST /api/steer and /api/steer-load: default and steered text of a model, at once or as server-sent events.
+"""POST /api/steer, steer-chat and steer-load: default and steered text of a model, at once or as a stream.
 
 Wire format of Neuronpedia; unlike there freq_penalty, log-probabilities and PROJECTION_CAP do what they say. A client
 that goes away ends its run within a token, streamed or not. Finished runs are saved; an unfinished one is not.
+/api/steer/stream sends each token once, a JSON object a line.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
@@ -18,39 +19,43 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
-from app import catalog, steerings
-from app.api.inputs import FeatureKey, ModelId, check_text, find_feature
-from app.catalog import SourceCard
+from app import catalog, steering, steerings
+from app.api.inputs import check_text
 from app.errors import AtlasError, BadInput, Unavailable
-from app.protocol import End, GenerateRequest, Start, SteerDirection, SteerMethod, Token
+from app.gpu import Worker
+from app.protocol import End, GenerateRequest, Queued, Start, Token
 from app.settings import Settings
-from app.tokens import Vocabulary
+from app.steering import DEFAULT, STEERED, Chat, Completion, Steering
+from app.tokens import Reader, Vocabulary
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(tags=["steering"])
 
-MAX_COEFFICIENT = 1e6
-"""Beyond this a float16 residual stream overflows whatever its model; residual norms of large models reach 1e4."""
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Event = Queued | Start | Token | End
 
 
-class SteerFeature(FeatureKey):
-    strength: Number
-
-
-class Steer(BaseModel):
-    prompt: str
-    modelId: ModelId
-    features: list[SteerFeature]
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.5
-    n_tokens: Annotated[int, Field(ge=1)] = 48
-    freq_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 16
-    strength_multiplier: Number = 1
+class Steer(Completion):
     stream: bool = False
-    steer_method: SteerMethod = SteerMethod.ADDITIVE
-    n_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+
+
+class SteerChat(Chat):
+    stream: bool = False
+
+
+class Streamed(Steering):
+    """A completion (`prompt`) or a conversation (`defaultChatMessages` and `steeredChatMessages`)."""
+
+    prompt: str | None = None
+    defaultChatMessages: list[steering.Message] = Field(default_factory=list[steering.Message], max_length=200)
+    steeredChatMessages: list[steering.Message] = Field(default_factory=list[steering.Message], max_length=200)
+
+    def meant(self) -> Completion | Chat:
+        said = self.model_dump()
+        if self.prompt is not None:
+            return Completion.model_validate(said)
+        if not self.defaultChatMessages or not self.steeredChatMessages:
+            raise BadInput("Send a prompt, or defaultChatMessages and steeredChatMessages.")
+        return Chat.model_validate(said)
 
 
 class SteerLoad(BaseModel):
@@ -58,39 +63,81 @@ class SteerLoad(BaseModel):
 
 
 @dataclass
-class _Texts:
-    """Both continuations as they grow."""
+class Text:
+    """One text as it grows."""
 
-    words: Vocabulary
-    logprobs: bool
-    ids: dict[Literal["default", "steered"], list[int]] = field(default_factory=lambda: {"default": [], "steered": []})
-    entries: dict[Literal["default", "steered"], list[dict[str, Any]]] = field(
-        default_factory=lambda: {"default": [], "steered": []}
-    )
+    name: str
+    sample: int
+    reader: Reader
+    text: str = ""
+    finish: str = ""
+    tokens: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
-    def add(self, token: Token) -> None:
-        self.ids[token.row].append(token.id)
-        if self.logprobs:
-            self.entries[token.row].append(self._entry(token))
+    def add(self, token: Token, words: Vocabulary) -> dict[str, Any]:
+        """Take in a token; return what a stream says of it."""
+        piece = self.reader.read(token.id)
+        piece = piece if token.keep is None else piece[: token.keep]
+        self.text += piece
+        top = [{"token": words.string(i), "id": i, "logprob": logprob} for i, logprob in token.top]
+        entry = {"token": words.string(token.id), "id": token.id, "logprob": token.logprob, "top_logprobs": top}
+        self.tokens.append(entry)
+        return {"event": "token", "row": self.name, "sample": self.sample, "text": piece, **entry}
 
-    def so_far(self, *, final: bool = False) -> dict[str, Any]:
-        """The whole answer at this point; a character whose last bytes have not come is held back."""
-        texts = {row: self.words.text(ids) for row, ids in self.ids.items()}
-        if not final:
-            texts = {row: text.rstrip("\ufffd") for row, text in texts.items()}
-        return {
-            "STEERED": texts["steered"],
-            "DEFAULT": texts["default"],
-            "steeredLogProbs": self.entries["steered"] if self.logprobs else None,
-            "defaultLogProbs": self.entries["default"] if self.logprobs else None,
-            "id": None,
-            "shareUrl": None,
-            "limit": None,
-        }
 
-    def _entry(self, token: Token) -> dict[str, Any]:
-        top = [{"token": self.words.string(id_), "logprob": logprob} for id_, logprob in token.top]
-        return {"token": self.words.string(token.id), "logprob": token.logprob, "top_logprobs": top}
+class Texts:
+    """All texts of a run."""
+
+    def __init__(self, words: Vocabulary, logprobs: bool) -> None:
+        self.words = words
+        self.logprobs = logprobs
+        self.prompt_ids: dict[str, list[int]] = {}
+        self.seconds = 0.0
+        self._found: dict[tuple[str, int], Text] = {}
+
+    def of(self, name: str, sample: int = 0) -> Text:
+        key = (name, sample)
+        if key not in self._found:
+            self._found[key] = Text(name, sample, self.words.reader())
+        return self._found[key]
+
+    def start(self, asked: GenerateRequest, event: Start) -> dict[str, Any]:
+        for row, ids in zip(asked.rows, event.rows, strict=True):
+            self.prompt_ids[row.name] = ids
+            for sample in range(asked.n_samples):
+                self.of(row.name, sample)
+        prompts = {name: self.words.strings(ids) for name, ids in self.prompt_ids.items()}
+        return {"event": "start", "rows": [row.name for row in asked.rows], "prompts": prompts}
+
+    def end(self, event: End) -> None:
+        """Raises Unavailable when the run ended badly."""
+        if event.error:
+            raise Unavailable(event.error)
+        for name, sample, why in event.finish:
+            self.of(name, sample).finish = why
+        for text in self._found.values():
+            text.text += text.reader.rest() if text.finish != "stop" else ""
+        self.seconds = event.seconds
+
+    def logprobs_of(self, name: str) -> list[dict[str, Any]] | None:
+        if not self.logprobs:
+            return None
+        return [
+            {
+                "token": t["token"],
+                "logprob": t["logprob"],
+                "top_logprobs": [{"token": o["token"], "logprob": o["logprob"]} for o in t["top_logprobs"]],
+            }
+            for t in self.of(name).tokens
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            {"name": t.name, "sample": t.sample, "text": t.text, "finish": t.finish, "tokens": t.tokens}
+            for t in self._found.values()
+        ]
+
+
+Answer = Callable[[Texts], dict[str, Any]]
 
 
 @router.post("/steer")
@@ -101,25 +148,52 @@ async def steer(request: Request, body: Steer, session: Db, settings: Config, wo
     coefficient = strength x strength_multiplier, in units of the feature's activation. With stream=true each `data:` of
     the event stream is the whole answer so far, the last one with `id` and `shareUrl`.
     """
-    _check(settings, body)
-    sources = await run_in_threadpool(_sources, session, body)
-    asked = _generate_request(settings, body, sources)
-    texts = _Texts(catalog.vocabulary_of(settings, body.modelId), body.n_logprobs > 0)
-    saved = _record(body, sources)
-    sessions: sessionmaker[Session] = request.app.state.sessions
-    await worker.ready(asked.model, [direction.sae for direction in asked.directions])
-    events = worker.generate(asked)
-    await anext(events)  # the start: whatever can be refused is refused by now, with its own status
-    if body.stream:
-        # The text so far is sent again and again, so proxies must not wait for more of it.
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(_sse(events, texts, sessions, saved), 200, headers, "text/event-stream")
-    async with aclosing(events):
-        async for event in events:
-            _take(texts, event)
-            if await request.is_disconnected():
-                return Response(status_code=499)
-    return _json(await run_in_threadpool(_save, sessions, saved, texts.so_far(final=True)))
+    check_text(settings, body.prompt)
+    run = await begin(request, body, session, settings, worker)
+    return await _answered(request, run, body.stream, _completion)
+
+
+@router.post("/steer-chat")
+@router.post("/steer-chat/", include_in_schema=False)
+async def steer_chat(request: Request, body: SteerChat, session: Db, settings: Config, worker: Gpu) -> Response:
+    """Go on with a conversation, default and steered each with a history of its own."""
+    _check_chat(settings, body)
+    run = await begin(request, body, session, settings, worker)
+
+    def chat(texts: Texts) -> dict[str, Any]:
+        return {
+            **{
+                name.upper(): {
+                    "raw": "".join(texts.words.strings(texts.prompt_ids.get(name, []))) + texts.of(name).text,
+                    "chatTemplate": [
+                        *(message.model_dump() for message in said),
+                        {"role": "assistant", "content": texts.of(name).text},
+                    ],
+                    "logprobs": texts.logprobs_of(name),
+                }
+                for name, said in ((STEERED, body.steeredChatMessages), (DEFAULT, body.defaultChatMessages))
+            },
+            "id": None,
+            "shareUrl": None,
+            "limit": None,
+            "settings": body.model_dump(
+                mode="json", exclude={"features", "stream", "defaultChatMessages", "steeredChatMessages"}
+            ),
+        }
+
+    return await _answered(request, run, body.stream, chat)
+
+
+@router.post("/steer/stream")
+async def steer_stream(request: Request, body: Streamed, session: Db, settings: Config, worker: Gpu) -> Response:
+    """Stream a run as JSON lines: `queued`, `start`, one `token` a line, and `end` with the run's id and address."""
+    meant = body.meant()
+    if isinstance(meant, Completion):
+        check_text(settings, meant.prompt)
+    else:
+        _check_chat(settings, meant)
+    run = await begin(request, meant, session, settings, worker)
+    return StreamingResponse(_ndjson(run), 200, _HEADERS, "application/x-ndjson")
 
 
 @router.post("/steer-load")
@@ -127,105 +201,151 @@ async def steer(request: Request, body: Steer, session: Db, settings: Config, wo
 def steer_load(body: SteerLoad, session: Db) -> Response:
     """Return a saved run: its result, features, prompt and settings."""
     run = steerings.get(session, body.steerOutputId)
-    return _json({**run.request, **run.result, "inputText": run.request["prompt"]})
+    prompt = run.request.get("prompt")
+    if prompt is None:
+        prompt = run.request["steeredChatMessages"][-1]["content"]
+    return _json({**run.request, **run.result, "inputText": prompt})
 
 
-def _check(settings: Settings, body: Steer) -> None:
-    check_text(settings, body.prompt)
-    if body.n_tokens > settings.max_new_tokens:
-        raise BadInput(f"{body.n_tokens} new tokens are too many; one run makes up to {settings.max_new_tokens}.")
-    if len(body.features) > settings.max_steer_features:
-        raise BadInput(
-            f"{len(body.features)} features are too many; one run steers up to {settings.max_steer_features}."
-        )
-    for feature in body.features:
-        if feature.modelId != body.modelId:
-            raise BadInput(f"A feature of {feature.modelId[:60]} cannot steer {body.modelId[:60]}.")
-        coefficient = feature.strength * body.strength_multiplier
-        if not abs(coefficient) <= MAX_COEFFICIENT:
-            raise BadInput(
-                f"Strength {feature.strength:g} times {body.strength_multiplier:g} is {coefficient:g}; "
-                f"it may be from -{MAX_COEFFICIENT:g} to {MAX_COEFFICIENT:g}."
-            )
+@dataclass
+class Begun:
+    """A run that the worker has accepted."""
+
+    asked: GenerateRequest
+    start: Start
+    events: AsyncGenerator[Event]
+    texts: Texts
+    sessions: sessionmaker[Session]
+    record: Mapping[str, Any]
 
 
-def _sources(session: Session, body: Steer) -> list[tuple[SourceCard, int]]:
-    catalog.model_entry(session, body.modelId)
-    return [find_feature(session, feature) for feature in body.features]
+async def begin(
+    request: Request, body: Completion | Chat, session: Session, settings: Settings, worker: Worker
+) -> Begun:
+    """Find what is steered and start; whatever can be refused is refused here, with its own status."""
+
+    def found() -> tuple[GenerateRequest, dict[str, Any], Vocabulary]:
+        targets = steering.targets(session, settings, body)
+        asked = steering.request(session, settings, body, targets, user_of(request))
+        entry = catalog.model_entry(session, body.modelId)
+        record = {**steering.record(body, targets), "modelHash": entry.card.hash}
+        return asked, record, catalog.vocabulary_of(settings, body.modelId)
+
+    asked, record, words = await run_in_threadpool(found)
+    saes = [d.sae for row in asked.rows for d in row.directions if d.sae is not None]
+    await worker.ready(asked.model, saes)
+    status = await worker.status()
+    events = worker.generate(asked)
+    start = await anext(events)
+    assert isinstance(start, Start)
+    record |= {"dtype": status.dtype, "device": status.device}
+    return Begun(asked, start, events, Texts(words, body.n_logprobs > 0), request.app.state.sessions, record)
 
 
-def _generate_request(settings: Settings, body: Steer, sources: list[tuple[SourceCard, int]]) -> GenerateRequest:
-    return GenerateRequest(
-        model=catalog.model_ref(settings, body.modelId),
-        prompt=body.prompt,
-        directions=[
-            SteerDirection(
-                sae=catalog.sae_ref(settings, source),
-                latent=latent,
-                coefficient=feature.strength * body.strength_multiplier,
-            )
-            for feature, (source, latent) in zip(body.features, sources, strict=True)
-        ],
-        method=body.steer_method,
-        max_new_tokens=body.n_tokens,
-        temperature=body.temperature,
-        freq_penalty=body.freq_penalty,
-        seed=body.seed,
-        n_logprobs=body.n_logprobs,
-    )
+def user_of(request: Request) -> str:
+    """Whose turn it is, as long as there are no accounts."""
+    return request.headers.get("x-api-key") or (request.client.host if request.client else "")
 
 
-def _record(body: Steer, sources: list[tuple[SourceCard, int]]) -> dict[str, Any]:
-    """What is saved of the request: enough to run it again on the same weights."""
-    features = [
-        {
-            "modelId": source.model_id,
-            "layer": source.name,
-            "index": str(latent),
-            "strength": feature.strength,
-            "saeHash": source.sae_hash,
-        }
-        for feature, (source, latent) in zip(body.features, sources, strict=True)
-    ]
-    return body.model_dump(mode="json", exclude={"stream", "features"}) | {"features": features}
+def _check_chat(settings: Settings, body: Chat) -> None:
+    for messages in (body.defaultChatMessages, body.steeredChatMessages):
+        check_text(settings, "\n".join(message.content for message in messages))
 
 
-async def _sse(
-    events: AsyncGenerator[Start | Token | End],
-    texts: _Texts,
-    sessions: sessionmaker[Session],
-    saved: Mapping[str, Any],
-) -> AsyncIterator[bytes]:
-    async with aclosing(events):
+_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+"""The text so far is sent again and again, so proxies must not wait for more of it."""
+
+
+async def _answered(request: Request, run: Begun, stream: bool, answer: Answer) -> Response:
+    run.texts.start(run.asked, run.start)
+    if stream:
+        return StreamingResponse(_sse(run, answer), 200, _HEADERS, "text/event-stream")
+    async with aclosing(run.events):
+        async for event in run.events:
+            _take(run.texts, event)
+            if await request.is_disconnected():
+                return Response(status_code=499)
+    return _json(await run_in_threadpool(_save, run, answer(run.texts)))
+
+
+async def _sse(run: Begun, answer: Answer) -> AsyncIterator[bytes]:
+    async with aclosing(run.events):
         try:
-            async for event in events:
-                if _take(texts, event):
-                    yield _data(texts.so_far())
-            yield _data(await run_in_threadpool(_save, sessions, saved, texts.so_far(final=True)))
+            async for event in run.events:
+                if _take(run.texts, event):
+                    yield _data(answer(run.texts))
+            yield _data(await run_in_threadpool(_save, run, answer(run.texts)))
         except AtlasError as error:
-            yield _data({**texts.so_far(final=True), "error": error.message, "message": error.message})
+            yield _data({**answer(run.texts), "error": error.message, "message": error.message})
 
 
-def _take(texts: _Texts, event: Start | Token | End) -> bool:
+async def _ndjson(run: Begun) -> AsyncIterator[bytes]:
+    yield _line(run.texts.start(run.asked, run.start))
+    async with aclosing(run.events):
+        try:
+            waiting: list[bytes] = []
+            async for event in run.events:
+                if isinstance(event, Queued):
+                    yield _line({"event": "queued", "place": event.place})
+                elif isinstance(event, Token):
+                    waiting.append(_line(run.texts.of(event.row, event.sample).add(event, run.texts.words)))
+                    if not event.more:
+                        yield b"".join(waiting)
+                        waiting = []
+                elif isinstance(event, End):
+                    run.texts.end(event)
+            saved = await run_in_threadpool(_save, run, _completion(run.texts))
+            finish = [[text["name"], text["sample"], text["finish"]] for text in run.texts.rows()]
+            yield _line(
+                {
+                    "event": "end",
+                    "finish": finish,
+                    "seconds": run.texts.seconds,
+                    "id": saved["id"],
+                    "shareUrl": saved["shareUrl"],
+                }
+            )
+        except AtlasError as error:
+            yield _line({"event": "error", "error": error.message, "message": error.message})
+
+
+def _completion(texts: Texts) -> dict[str, Any]:
+    return {
+        "STEERED": texts.of(STEERED).text,
+        "DEFAULT": texts.of(DEFAULT).text,
+        "steeredLogProbs": texts.logprobs_of(STEERED),
+        "defaultLogProbs": texts.logprobs_of(DEFAULT),
+        "id": None,
+        "shareUrl": None,
+        "limit": None,
+    }
+
+
+def _take(texts: Texts, event: Event) -> bool:
     """Add a token; tell whether a step is complete. Raises Unavailable when the run ended badly."""
     if isinstance(event, Token):
-        texts.add(event)
+        texts.of(event.row, event.sample).add(event, texts.words)
         return not event.more
-    if isinstance(event, End) and event.error:
-        raise Unavailable(event.error)
+    if isinstance(event, End):
+        texts.end(event)
     return False
 
 
-def _save(sessions: sessionmaker[Session], request: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    with sessions.begin() as session:
-        run = steerings.save(session, request["modelId"], request, {})
-        result = {**result, "id": run.id, "shareUrl": steerings.path(run)}
-        run.result = result
+def _save(run: Begun, result: dict[str, Any]) -> dict[str, Any]:
+    with run.sessions.begin() as session:
+        saved = steerings.save(session, run.asked.model.id, run.record, {})
+        result = {**result, "id": saved.id, "shareUrl": steerings.path(saved)}
+        more = {"rows": run.texts.rows(), "promptIds": run.texts.prompt_ids, "seconds": run.texts.seconds}
+        saved.result = {**result, **more}
     return result
 
 
 def _data(value: Any) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _line(value: Any) -> bytes:
+    return orjson.dumps(value) + b"\n"
 
 
 def _json(value: Any) -> Response:

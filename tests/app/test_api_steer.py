@@ -12,10 +12,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from neuronpedia.np_vector import NPVector
+from neuronpedia.requests.base_request import NPRequest
+from neuronpedia.requests.steer_request import SteerCompletionRequest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.app.conftest import Live
-from tests.tiny import Tiny
+from tests.tiny import D_IN, Tiny
 
 PROMPT = "the old clock struck"
 
@@ -181,3 +184,150 @@ def until(condition: Callable[[], bool]) -> float:
         assert time.monotonic() - began < 5
         time.sleep(0.005)
     return time.monotonic() - began
+
+
+def lines(live: Live, **changes: Any) -> list[dict[str, Any]]:
+    with live.http.stream("POST", "/api/steer/stream", json=body(**changes)) as answer:
+        assert answer.status_code == 200, answer.read()
+        return [json.loads(line) for line in answer.iter_lines()]
+
+
+def texts(events: list[dict[str, Any]]) -> dict[tuple[str, int], str]:
+    found: dict[tuple[str, int], str] = {}
+    for event in events:
+        if event["event"] == "token":
+            key = (event["row"], event["sample"])
+            found[key] = found.get(key, "") + event["text"]
+    return found
+
+
+def test_the_json_lines_send_each_token_once_and_say_where_the_run_is_kept(live: Live) -> None:
+    events = lines(live, n_logprobs=2)
+    assert [events[0]["event"], events[-1]["event"]] == ["start", "end"]
+    assert "".join(events[0]["prompts"]["steered"][1:]) == PROMPT
+    loaded = live.post("steer-load", {"steerOutputId": events[-1]["id"]}).json()
+    found = texts(events)
+    for name, row in (("STEERED", "steered"), ("DEFAULT", "default")):
+        # A character that is never completed is written out at the end of the run alone.
+        assert loaded[name].startswith(found[row, 0].rstrip("\ufffd"))
+    assert len(events) == 2 + sum(len(row["tokens"]) for row in loaded["rows"])
+    assert loaded["dtype"] == "float32"
+    assert loaded["modelHash"]
+
+
+def test_samples_and_controls_grow_beside_the_steered_text(live: Live) -> None:
+    controls = ["random_direction", "random_feature"]
+    events = lines(live, temperature=1, n_samples=2, controls=controls, n_tokens=30)
+    found = texts(events)
+    assert set(found) == {(row, n) for row in ("default", "steered", *controls) for n in (0, 1)}
+    assert len({found[row, 0] for row in ("default", "steered", *controls)}) == 4
+    assert found["steered", 0] != found["steered", 1]
+    again = texts(lines(live, temperature=1, n_samples=2, controls=controls, n_tokens=30))
+    assert again == found
+
+
+def test_controls_without_strength_are_the_default_text(live: Live) -> None:
+    found = texts(lines(live, features=[feature(strength=0)], controls=["random_direction", "random_feature"]))
+    assert len(set(found.values())) == 1
+
+
+@pytest.mark.parametrize("operation", ["clamp", "scale", "ablate", "orthogonal", "cap"])
+def test_a_feature_has_an_operation_and_positions_of_its_own(live: Live, operation: str) -> None:
+    strength = -8 if operation in ("cap", "scale") else 40
+    one = feature(strength=strength, operation=operation, layer="1-std")
+    found = live.post("steer", body(features=[one], n_tokens=20)).json()
+    assert found["STEERED"] != found["DEFAULT"]
+    nowhere = live.post("steer", body(features=[{**one, "positions": "chosen", "at": []}])).json()
+    assert nowhere["STEERED"] == nowhere["DEFAULT"]
+
+
+def test_a_text_ends_before_a_stop_string(live: Live) -> None:
+    whole = live.post("steer", body(n_tokens=40)).json()["DEFAULT"]
+    stop = whole[5:7]
+    assert live.post("steer", body(n_tokens=40, stop=[stop])).json()["DEFAULT"] == whole[: whole.index(stop)]
+
+
+def chat(**changes: Any) -> dict[str, Any]:
+    said = [{"role": "user", "content": "why"}]
+    usual = {key: value for key, value in body().items() if key != "prompt"}
+    return usual | {"defaultChatMessages": said, "steeredChatMessages": said, "steer_special_tokens": True} | changes
+
+
+def test_a_conversation_goes_on_in_two_ways(live: Live) -> None:
+    other = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    found = live.post("steer-chat", chat(steeredChatMessages=other)).json()
+    assert found["DEFAULT"]["raw"].startswith("<bos>user: why\nassistant:")
+    assert found["STEERED"]["raw"].startswith("<bos>user: the cat\nassistant: sat\nassistant:")
+    assert [m["role"] for m in found["STEERED"]["chatTemplate"]] == ["user", "assistant", "assistant"]
+    plain = live.post("steer", body(prompt="user: why\nassistant:", n_tokens=12)).json()
+    assert found["DEFAULT"]["chatTemplate"][-1]["content"] == plain["DEFAULT"]
+    assert found["settings"]["temperature"] == 0
+    assert live.post("steer-load", {"steerOutputId": found["id"]}).json()["inputText"] == "sat"
+
+
+def test_a_streamed_conversation_ends_like_a_plain_one(live: Live) -> None:
+    with live.http.stream("POST", "/api/steer-chat/", json=chat(stream=True)) as answer:
+        events = [json.loads(line[5:]) for line in answer.iter_lines() if line.startswith("data:")]
+    plain = live.post("steer-chat", chat()).json()
+    assert [events[-1][k] for k in ("DEFAULT", "STEERED")] == [plain[k] for k in ("DEFAULT", "STEERED")]
+    assert len(events) > 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"defaultChatMessages": []}, "defaultChatMessages"),
+        ({"steeredChatMessages": [{"role": "oracle", "content": "x"}]}, "no oracles"),
+    ],
+)
+def test_a_conversation_that_cannot_be_written_is_refused(live: Live, changes: dict[str, Any], words: str) -> None:
+    answer = live.post("steer-chat", chat(**changes))
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]
+
+
+def test_the_official_client_makes_steers_with_lists_and_deletes_vectors(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NPRequest, "BASE_URL", f"{live.url}/api")
+    monkeypatch.setenv("NEURONPEDIA_API_KEY", "any value")
+    row = live.post("vector/get", {"modelId": "tiny", "source": "1-topk", "index": "11"}).json()["vector"]["vector"]
+    made = NPVector.new("cats", "tiny", 1, "hook_resid_post", row, 15.0)
+    assert NPVector.get("tiny", made.source, made.index) == made
+    assert made in NPVector.get_owned()
+    asked: dict[str, Any] = {"prompt": PROMPT, "temperature": 0, "n_tokens": 12, "freq_penalty": 0}
+    steered: Any = SteerCompletionRequest().steer("tiny", [made], strength_multiplier=2, **asked)
+    assert steered["STEERED"] == live.post("steer", body()).json()["STEERED"]
+    talked: Any = made.steer_chat([{"role": "user", "content": "why"}])
+    assert talked["STEERED"]["chatTemplate"][-1]["role"] == "assistant"
+    made.delete()
+    assert made not in NPVector.get_owned()
+
+
+def test_a_difference_of_texts_becomes_a_vector(live: Live) -> None:
+    asked = {"modelId": "tiny", "layerNumber": 1, "plus": ["the cat sat"], "minus": ["rain fell", "bread and iron"]}
+    made = live.post("vector/difference", asked).json()
+    assert len(made["vector"]["values"]) == D_IN
+    assert made["vector"]["defaultSteerStrength"] == pytest.approx(made["norm"], abs=1e-3)
+    same = live.post("vector/difference", {**asked, "minus": asked["plus"]})
+    assert same.status_code == 422
+    one = feature(layer=made["vector"]["source"], index=made["vector"]["index"])
+    found = live.post("steer", body(features=[one])).json()
+    assert found["STEERED"] != found["DEFAULT"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vector": [1.0] * 23}, ["23", "24"]),
+        ({"vector": [0.0] * 24}, ["zeros"]),
+        ({"layerNumber": 7}, ["blocks.7"]),
+        ({"hookType": "hook_magic"}, ["hookType"]),
+        ({"modelId": "nobody"}, ["nobody"]),
+    ],
+)
+def test_a_vector_that_does_not_fit_is_refused(live: Live, changes: dict[str, Any], words: list[str]) -> None:
+    usual = {"modelId": "tiny", "layerNumber": 1, "hookType": "hook_resid_post", "vector": [1.0] * 24}
+    answer = live.post("vector/new", usual | {"vectorLabel": "x"} | changes)
+    assert answer.status_code in (404, 422)
+    assert all(word in answer.json()["error"] for word in words), answer.json()

@@ -13,7 +13,7 @@ import pytest
 
 from app.errors import Unavailable
 from app.gpu import Worker
-from app.protocol import EncodeRequest, GenerateRequest, SaeQuery, Token
+from app.protocol import EncodeRequest, GenerateRequest, SaeQuery, SteerRow, Token
 from app.settings import Settings
 from tests.tiny import Tiny, WorkerProcess
 
@@ -39,7 +39,9 @@ def encoding(tiny: Tiny) -> EncodeRequest:
 
 
 def generating(tiny: Tiny) -> GenerateRequest:
-    return GenerateRequest(model=tiny.model, prompt="the cat", directions=[], max_new_tokens=490, temperature=5.0)
+    return GenerateRequest(
+        model=tiny.model, prompt="the cat", rows=[SteerRow(name="default")], max_new_tokens=490, temperature=5.0
+    )
 
 
 async def first_token(events: AsyncGenerator[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from transformers import (
 )
 
 from app.errors import BadInput
-from app.protocol import GenerateRequest, ModelCard, ModelRef
+from app.protocol import GenerateRequest, ModelCard, ModelRef, SteerDirection, SteerRow
 from tests.tiny import TEXT, save_tiny_model
 from workers.gpu import generation
-from workers.gpu.generation import Generation
+from workers.gpu.generation import Batch, Prefill, Run
+from workers.gpu.interventions import intervention
 from workers.install_model import install
 from workers.language_model import HOOK_POINTS, LanguageModel
 
@@ -170,19 +172,30 @@ def test_generation_with_its_cache_equals_reading_everything_again(made: Made, m
     prompt = made.model.to_ids(TEXT)[:24]
     request = GenerateRequest(
         model=ModelRef(id=made.name, path=str(made.path)),
-        prompt="",
-        directions=[],
+        rows=[SteerRow(name="default"), SteerRow(name="steered")],
         max_new_tokens=12,
         temperature=0,
     )
-    edits = {
-        f"blocks.1.{kind}": lambda h: h + 0.7 * SHIFT for kind in ("hook_mlp_in", "hook_attn_out", "hook_resid_post")
-    }
-    run = Generation(made.model, prompt, edits, request)
-    found: dict[str, list[int]] = {"default": [], "steered": []}
-    while not run.done:
-        for token in run.step():
-            found[token.row].append(token.id)
+    names = [f"blocks.1.{kind}" for kind in ("hook_mlp_in", "hook_attn_out", "hook_resid_post")]
+    edits = {name: lambda h: h + 0.7 * SHIFT for name in names}
+    vector = base64.b64encode(SHIFT.numpy().astype("<f4").tobytes()).decode()
+    steered = tuple(
+        intervention(
+            SteerDirection(hook_name=name, vector=vector, coefficient=0.7 * float(SHIFT.norm())), {}, made.model
+        )
+        for name in names
+    )
+    run = Run(made.model, request, [prompt, prompt], [(), steered])
+    prefill, batch = Prefill(run), Batch(made.model)
+    while not prefill.done:
+        prefill.step()
+    tokens = batch.join(prefill)
+    assert isinstance(tokens, list)
+    while len(batch):
+        [(_, more)] = batch.step()
+        assert isinstance(more, list)
+        tokens += more
+    found = {name: [token.id for token in tokens if token.row == name] for name in ("default", "steered")}
     assert found["default"] == _slowly(made.model, prompt, {}, len(found["default"]))
     # The first token has no activations, so it is not steered.
     spared = {name: lambda h: torch.cat([h[:, :1], h[:, 1:] + 0.7 * SHIFT], dim=1) for name in edits}

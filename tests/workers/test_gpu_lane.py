@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from app.errors import BadInput, Busy, Unavailable
-from app.protocol import GenerateRequest, SaeQuery
+from app.protocol import GenerateRequest, Queued, SaeQuery, SteerRow, Token
 from tests.tiny import Tiny
 from workers.gpu import lane as lane_module
 from workers.gpu.encoding import Text, encode
-from workers.gpu.generation import Generation
+from workers.gpu.generation import Batch, Run, kv_bytes
 from workers.gpu.lane import Lane
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
@@ -36,9 +36,16 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
-def starter(language: LanguageModel, tiny: Tiny, n: int) -> Callable[[], Generation]:
-    request = GenerateRequest(model=tiny.model, prompt="the cat", directions=[], max_new_tokens=n, temperature=1.0)
-    return lambda: Generation(language, language.to_ids(request.prompt), {}, request)
+def made(language: LanguageModel, tiny: Tiny, n: int, rows: int = 1, **asked: Any) -> Run:
+    names = [SteerRow(name=str(row)) for row in range(rows)]
+    request = GenerateRequest(model=tiny.model, rows=names, max_new_tokens=n, temperature=1.0, **asked)
+    # Prompts differ, so that no two rows are one and the same.
+    prompts = [language.to_ids("the cat" + " sat" * row) for row in range(rows)]
+    return Run(language, request, prompts, [()] * rows)
+
+
+async def tokens_of(lane: Lane, run: Run) -> list[Token]:
+    return [event async for step in lane.generate(run) for event in step if isinstance(event, Token)]
 
 
 def text(language: LanguageModel, tiny: Tiny, topk: Coder, words: str) -> Text:
@@ -92,11 +99,10 @@ def test_a_batch_is_bounded_in_padded_tokens(
 def test_encodes_and_runs_go_on_beside_a_long_run(language: LanguageModel, tiny: Tiny, topk: Coder) -> None:
     async def test() -> None:
         async with running() as lane:
-            long = lane.generate(starter(language, tiny, 100_000))
+            long = lane.generate(made(language, tiny, 100_000))
             await anext(long)
             await lane.encode(language, [text(language, tiny, topk, "rain fell")], 10)
-            short = [tokens async for tokens in lane.generate(starter(language, tiny, 5))]
-            assert short
+            assert await tokens_of(lane, made(language, tiny, 5))
             assert await anext(long)
             await long.aclose()
 
@@ -107,24 +113,120 @@ def test_a_closed_run_stops_within_a_token(
     language: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0
-    step = Generation.step
+    step = Batch.step
 
-    def slow(self: Generation) -> Any:
+    def slow(self: Batch) -> Any:
         nonlocal steps
         steps += 1
         time.sleep(0.02)
         return step(self)
 
-    monkeypatch.setattr(Generation, "step", slow)
+    monkeypatch.setattr(Batch, "step", slow)
 
     async def test() -> None:
         async with running() as lane:
-            tokens = lane.generate(starter(language, tiny, 100_000))
+            tokens = lane.generate(made(language, tiny, 100_000))
             await anext(tokens)
             await tokens.aclose()
             at_close = steps
             await asyncio.sleep(0.2)
             assert steps <= at_close + 1
+
+    run(test)
+
+
+def test_runs_of_many_users_grow_in_one_batch(
+    language: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self: (sizes.append(len(self)), step(self))[1])
+
+    async def test() -> None:
+        async with running() as lane:
+            runs = [made(language, tiny, 40, rows=2, seed=n, user=f"user {n}") for n in range(8)]
+            together = await asyncio.gather(*(tokens_of(lane, run) for run in runs))
+            alone = await tokens_of(lane, made(language, tiny, 40, rows=2, seed=5))
+        assert [(t.row, t.id) for t in together[5]] == [(t.row, t.id) for t in alone]
+
+    run(test)
+    assert max(sizes) > 8
+
+
+def test_runs_without_room_wait_and_are_told_their_place(
+    language: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "MAX_ROWS", 2)
+
+    async def test() -> None:
+        async with running() as lane:
+            long = lane.generate(made(language, tiny, 100_000, rows=2))
+            await anext(long)
+            waiting = [lane.generate(made(language, tiny, 5)) for _ in range(2)]
+            firsts = [asyncio.ensure_future(anext(one)) for one in waiting]
+            places = [event for first in firsts for event in await first]
+            assert places == [Queued(place=1), Queued(place=2)]
+            await long.aclose()
+            heard = [[event async for step in one for event in step] for one in waiting]
+            assert [event for event in heard[0] if isinstance(event, Queued)] == [Queued(place=0)]
+            assert isinstance(heard[1][-1], Token)
+
+    run(test)
+
+
+def test_a_user_with_many_runs_does_not_keep_another_waiting_behind_them(
+    language: LanguageModel, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "MAX_ROWS", 2)
+    ended: list[str] = []
+
+    async def one(lane: Lane, user: str, n: int) -> None:
+        await tokens_of(lane, made(language, tiny, n, user=user))
+        ended.append(user)
+
+    async def test() -> None:
+        async with running() as lane:
+            many = [asyncio.ensure_future(one(lane, "many", 30)) for _ in range(8)]
+            await asyncio.sleep(0)
+            await asyncio.gather(one(lane, "few", 3), *many)
+
+    run(test)
+    assert ended.index("few") <= 3
+
+
+def test_caches_stay_within_their_bytes(language: LanguageModel, tiny: Tiny) -> None:
+    async def test() -> None:
+        first = made(language, tiny, 60)
+        lane = Lane(9, 4096, kv_budget=int(1.5 * first.n_tokens * kv_bytes(language)))
+        lane.start()
+        growing = lane.generate(first)
+        await anext(growing)
+        heard = [event async for step in lane.generate(made(language, tiny, 60)) for event in step]
+        assert heard[0] == Queued(place=1)
+        assert isinstance(heard[-1], Token)
+        await growing.aclose()
+        await asyncio.to_thread(lane.stop)
+
+    run(test)
+
+
+def test_other_work_is_done_in_pieces_between_tokens(language: LanguageModel, tiny: Tiny) -> None:
+    async def test() -> None:
+        async with running() as lane:
+            growing = lane.generate(made(language, tiny, 100_000))
+            await anext(growing)
+            heard: list[int] = []
+
+            def pieces() -> Any:
+                for n in range(3):
+                    heard.append(n)
+                    yield
+                return "done"
+
+            assert await lane.work(pieces(), 10) == "done"
+            assert heard == [0, 1, 2]
+            assert await anext(growing)
+            await growing.aclose()
 
     run(test)
 
@@ -157,7 +259,7 @@ def test_a_text_nobody_waits_for_any_more_is_not_computed(
 def test_a_stopping_lane_answers_what_waits(language: LanguageModel, tiny: Tiny, topk: Coder) -> None:
     async def test() -> None:
         async with running() as lane:
-            tokens = lane.generate(starter(language, tiny, 100_000))
+            tokens = lane.generate(made(language, tiny, 100_000))
             await anext(tokens)
         with pytest.raises(Unavailable, match="stopping"):
             async for _ in tokens:

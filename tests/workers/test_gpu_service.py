@@ -25,6 +25,7 @@ from app.protocol import (
     SaeRef,
     Start,
     SteerDirection,
+    SteerRow,
     Token,
     TokenizeRequest,
 )
@@ -56,7 +57,13 @@ def encoding(tiny: Tiny, text: str = "the cat sat", **query: Any) -> EncodeReque
 
 
 def generating(tiny: Tiny, **asked: Any) -> GenerateRequest:
-    usual = {"model": tiny.model, "prompt": "the cat", "directions": [], "temperature": 1.0, "max_new_tokens": 4}
+    usual = {
+        "model": tiny.model,
+        "prompt": "the cat",
+        "rows": [SteerRow(name="default"), SteerRow(name="steered")],
+        "temperature": 1.0,
+        "max_new_tokens": 4,
+    }
     return GenerateRequest(**(usual | asked))
 
 
@@ -77,7 +84,8 @@ def test_an_encode_has_a_row_for_every_token(ask: Ask, tiny: Tiny, language: Lan
 def test_a_run_streams_start_tokens_of_both_rows_and_end(ask: Ask, tiny: Tiny) -> None:
     async def collect(worker: Worker) -> list[Any]:
         directions = [SteerDirection(sae=tiny.topk, latent=3, coefficient=9.0)]
-        return [event async for event in worker.generate(generating(tiny, directions=directions))]
+        rows = [SteerRow(name="default"), SteerRow(name="steered", directions=directions)]
+        return [event async for event in worker.generate(generating(tiny, rows=rows))]
 
     start, *tokens, end = ask(collect)
     assert isinstance(start, Start)

@@ -1,157 +1,397 @@
-"""One steering run: the default and the steered row in one batch with a KV cache, advanced a token at a time.
+"""Many texts generated at once, one token of each at a time; runs join and leave between tokens.
 
-No queue, no HTTP: workers.gpu.lane takes turns between runs. What is steered: every position of the prompt and every
-generated token, as on Neuronpedia, except a beginning-of-text token. SAEs are not trained on that one, it has no
-activations here, and its norm is tens of times the others': additive steering is lost in it (so results agree), but
-projecting it would break the attention sink that the whole model leans on.
+A `Run` is what one request asked for: rows (default, steered, ...) times samples. Its prompts are read by a `Prefill`,
+piece by piece; then its rows join the `Batch` of their model, where each row has its own interventions, position,
+random numbers and end. No queue, no HTTP: workers.gpu.lane takes turns.
+
+What is computed once: rows of a run that are alike (strength 0 is the default row), a prompt that several rows share up
+to the first layer that one of them steers, and all of it where the prompt is not steered.
 """
 
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from app.protocol import GenerateRequest, SteerMethod, Token
-from workers.language_model import LanguageModel
-from workers.sae.coders import Coder
-from workers.sae.steering import METHODS, Edit, unit_rows
+from app.protocol import GenerateRequest, Token
+from app.tokens import Vocabulary
+from workers.gpu.cache import RowCache
+from workers.gpu.interventions import Applied, Intervention, applied, edits
+from workers.gpu.sampling import Sampler, Settings, choose
+from workers.language_model import Edit, LanguageModel
 
 PREFILL_TOKENS = 512
 """Prompts are read in pieces, so that a long one neither holds the lane nor survives its client."""
 
-Row = Literal["default", "steered"]
+Interventions = tuple[Intervention, ...]
 
 
 class NotFinite(ArithmeticError):
-    """The logits overflowed; the message says which row and what to do."""
+    """The logits overflowed; the message says what to do."""
 
 
-class Generation:
-    """A run's state between two tokens. `step` until `done`.
+@dataclass(eq=False)
+class Row:
+    """One text that grows. It may be shown under several names, where rows of a run are alike."""
 
-    Both rows draw the same random number at the same step and turn it into a token by inverting their own cumulative
-    distribution, so equal logits give equal tokens, on every device.
-    """
+    names: list[str]
+    sample: int
+    n_prompt: int
+    ids: list[int]
+    interventions: Interventions
+    sampler: Sampler
+    held: list[Token] = field(default_factory=list[Token])
+    """Tokens that may turn out to be the beginning of a stop string."""
+
+    @property
+    def n_new(self) -> int:
+        return len(self.ids) - self.n_prompt
+
+
+class Run:
+    """One request's rows. `prompts` and `interventions` belong to the request's rows, in their order."""
 
     def __init__(
-        self, language: LanguageModel, prompt_ids: Sequence[int], edits: dict[str, Edit], request: GenerateRequest
+        self,
+        language: LanguageModel,
+        asked: GenerateRequest,
+        prompts: Sequence[Sequence[int]],
+        interventions: Sequence[Interventions],
+        words: Vocabulary | None = None,
     ) -> None:
-        self._language = language
-        self._edits = edits
-        self._request = request
-        self._rows: list[Row] = ["default", "steered"]
-        self._pending = torch.tensor([prompt_ids] * 2, device=language.device)
-        self._spared = int(prompt_ids[0] == language.card.bos_token_id)
-        self._cache = DynamicCache(config=language.hf.config)
-        self._cache_name = _cache_name(language.hf.forward)
-        self._random = random.Random(request.seed)  # noqa: S311 - sampling, not secrets
-        self._counts = torch.zeros(2, language.card.d_vocab, device=language.device) if request.freq_penalty else None
-        self._stops = stop_ids(language)
-        self._left = request.max_new_tokens
+        self.language = language
+        self.asked = asked
+        self.finish: list[tuple[str, int, str]] = []
+        self.stops = stop_ids(language)
+        self.words = words
+        """Needed for stop strings alone."""
+        self.rows = _rows(asked, prompts, interventions)
+        self.n_rows = len(self.rows)
+        self._alive = len(self.rows)
 
     @property
     def done(self) -> bool:
-        return not self._rows or self._left == 0
+        return self._alive == 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions its part of the KV cache may come to."""
+        return self.n_rows * (max(row.n_prompt for row in self.rows) + self.asked.max_new_tokens)
+
+    def take(self, row: Row, token: int, logprob: float, top: list[tuple[int, float]]) -> tuple[list[Token], bool]:
+        """Give a row its next token; return what can be shown of it by now, and whether the row goes on."""
+        if token in self.stops:
+            return self._end(row, "eos"), False
+        row.ids.append(token)
+        row.sampler.took(token)
+        event = Token.model_construct(
+            row="", sample=row.sample, id=token, logprob=logprob, top=top, more=False, keep=None
+        )
+        if not self.asked.stop:
+            shown = [event]
+        else:
+            shown, stopped = self._hold(row, event)
+            if stopped:
+                return shown + self._end(row, "stop"), False
+        if row.n_new == self.asked.max_new_tokens:
+            return shown + self._end(row, "length"), False
+        return shown, True
+
+    def _hold(self, row: Row, event: Token) -> tuple[list[Token], bool]:
+        """Keep back what may be part of a stop string; cut the text where one begins."""
+        assert self.words is not None
+        row.held.append(event)
+        strings = self.words.strings(row.ids[row.n_prompt :])
+        starts = [0, *accumulate(map(len, strings))]
+        text, first = "".join(strings), len(strings) - len(row.held)
+        begins = min((at for stop in self.asked.stop if (at := text.find(stop)) >= 0), default=-1)
+        if begins >= 0:
+            shown = [token for n, token in enumerate(row.held, first) if starts[n] < begins]
+            if shown:
+                shown[-1].__dict__["keep"] = begins - starts[first + len(shown) - 1]
+            row.held = []
+            return shown, True
+        # A character that is not complete yet may become part of one, too.
+        text = text.rstrip("\ufffd")
+        safe = len(text) - max(_overlap(text, stop) for stop in self.asked.stop)
+        n_safe = sum(starts[n + 1] <= safe for n in range(first, len(strings)))
+        shown, row.held = row.held[:n_safe], row.held[n_safe:]
+        return shown, False
+
+    def _end(self, row: Row, why: str) -> list[Token]:
+        self._alive -= 1
+        self.finish += [(name, row.sample, why) for name in row.names]
+        held, row.held = row.held, []
+        return held
+
+
+def _rows(
+    asked: GenerateRequest, prompts: Sequence[Sequence[int]], interventions: Sequence[Interventions]
+) -> list[Row]:
+    found: dict[tuple[tuple[int, ...], tuple[int, ...], int], Row] = {}
+    for sample in range(asked.n_samples):
+        for row, ids, wanted in zip(asked.rows, prompts, interventions, strict=True):
+            acting = tuple(i for i in wanted if not i.neutral)
+            key = (tuple(ids), tuple(map(id, acting)), sample)
+            if key in found:
+                found[key].names.append(row.name)
+                continue
+            sampler = Sampler(Settings.of(asked), asked.seed, sample, ids)
+            found[key] = Row([row.name], sample, len(ids), list(ids), acting, sampler)
+    return list(found.values())
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Prefill:
+    """Reads a run's prompts. `step` until `done`; then `caches` and `logits` hold what its rows begin with."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        groups: dict[tuple[int, ...], list[Row]] = {}
+        for row in run.rows:
+            groups.setdefault(tuple(row.ids), []).append(row)
+        self._prompts = [_Prompt(run.language, list(ids), rows) for ids, rows in groups.items()]
+
+    @property
+    def done(self) -> bool:
+        return all(prompt.left == 0 for prompt in self._prompts)
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Read a piece of the prompt or generate one token of each unfinished row. Raises NotFinite."""
-        piece, self._pending = self._pending[:, :PREFILL_TOKENS], self._pending[:, PREFILL_TOKENS:]
-        logits = self._forward(piece)
-        if self._pending.shape[1]:
-            return []
-        if not bool(logits.isfinite().all()):
-            raise NotFinite("The model's logits are no longer finite; lower the strength of the steering.")
-        chosen = self._choose(logits)
-        tokens = self._describe(logits, chosen)
-        self._keep(chosen)
-        self._left -= 1
-        kept = [token for token in tokens if token.id not in self._stops]
-        return [*(token.model_copy(update={"more": True}) for token in kept[:-1]), *kept[-1:]]
+    def step(self) -> None:
+        """Read one piece of one prompt."""
+        next(prompt for prompt in self._prompts if prompt.left).step()
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        """Logits after the last position: [row, d_vocab], float32."""
-        edits = {name: self._on_steered(edit) for name, edit in self._edits.items()} if "steered" in self._rows else {}
-        with self._language.edited(edits):
-            output = self._language.hf(
-                input_ids=ids, use_cache=True, logits_to_keep=1, **{self._cache_name: self._cache}
-            )
-        self._spared = 0  # the beginning of the text has passed
-        return output.logits[:, -1].float()
+    def rows(self) -> list[Row]:
+        return [row for prompt in self._prompts for row in prompt.rows]
 
-    def _on_steered(self, edit: Edit) -> Edit:
-        row, start = self._rows.index("steered"), self._spared
+    def logits(self) -> Tensor:
+        """After the last token of each row's prompt: [row, d_vocab], float32."""
+        return torch.cat([prompt.logits[prompt.place] for prompt in self._prompts])
 
-        def apply(h: Tensor) -> Tensor:
-            # A copy: what the hook reads may be read elsewhere too (hook_mlp_in is the residual stream itself).
-            steered = h.clone()
-            steered[row, start:] = edit(h[row, start:])
-            return steered
+    def caches(self) -> list[tuple[RowCache, list[int]]]:
+        return [(prompt.cache, prompt.place) for prompt in self._prompts]
 
-        return apply
 
-    def _choose(self, logits: Tensor) -> list[int]:
-        if self._counts is not None:
-            logits = logits - self._request.freq_penalty * self._counts
-        if self._request.temperature == 0:
-            return logits.argmax(-1).tolist()
-        cumulative = torch.softmax(logits / self._request.temperature, dim=-1).cumsum(-1)
-        places = torch.searchsorted(cumulative, cumulative[:, -1:] * self._random.random(), right=True)
-        return places.squeeze(-1).clamp_max(logits.shape[-1] - 1).tolist()
+class _Prompt:
+    """A prompt and the rows that begin with it. Rows that steer it alike are read as one."""
 
-    def _describe(self, logits: Tensor, chosen: list[int]) -> list[Token]:
-        logprobs = logits.log_softmax(-1)
-        own = logprobs[range(len(chosen)), chosen].tolist()
-        tops = self._tops(logprobs)
-        return [
-            Token.model_construct(row=row, id=id_, logprob=logprob, top=top)
-            for row, id_, logprob, top in zip(self._rows, chosen, own, tops, strict=True)
+    def __init__(self, language: LanguageModel, ids: list[int], rows: list[Row]) -> None:
+        self.rows = rows
+        self.cache = RowCache()
+        self.logits = torch.empty(0)
+        self._language = language
+        self._ids = ids
+        self._at = 0
+        ways: dict[tuple[int, ...], Interventions] = {}
+        keys = [self._steering(row) for row in rows]
+        for acting in keys:
+            ways.setdefault(tuple(map(id, acting)), acting)
+        self._ways = list(ways.values())
+        self.place = [list(ways).index(tuple(map(id, acting))) for acting in keys]
+        """Which row of the cache and the logits belongs to each of `rows`."""
+
+    @property
+    def left(self) -> int:
+        return len(self._ids) - self._at
+
+    def step(self) -> None:
+        piece = self._ids[self._at : self._at + PREFILL_TOKENS]
+        device = self._language.device
+        wanted = [
+            found
+            for row, acting in enumerate(self._ways)
+            for what in acting
+            if (found := applied(self._language.card, row, what, piece, self._at, len(self._ids), device)) is not None
         ]
+        changes = edits(wanted, len(self._ways))
+        if len(self._ways) > 1:
+            changes = self._forked(changes)
+        self._at += len(piece)
+        # Like the rows of a batch, it is told its positions: not every architecture counts from the cache.
+        positions = torch.arange(self._at - len(piece), self._at, device=device).unsqueeze(0)
+        logits = forward(self._language, torch.tensor([piece], device=device), positions, None, self.cache, changes)
+        self.logits = logits.expand(len(self._ways), -1)
 
-    def _tops(self, logprobs: Tensor) -> list[list[tuple[int, float]]]:
-        if not self._request.n_logprobs:
-            return [[] for _ in self._rows]
-        values, ids = logprobs.topk(self._request.n_logprobs, dim=-1)
-        return [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    def _steering(self, row: Row) -> Interventions:
+        card = self._language.card
+        steers = [
+            what
+            for what in row.interventions
+            if any(what.applies(card, token, at, len(self._ids)) for at, token in enumerate(self._ids))
+        ]
+        return tuple(steers)
 
-    def _keep(self, chosen: list[int]) -> None:
-        """Make the chosen tokens the next input and drop rows that have ended, with their part of the cache."""
-        if self._counts is not None:
-            self._counts[range(len(chosen)), chosen] += 1
-        alive = [n for n, id_ in enumerate(chosen) if id_ not in self._stops]
-        if alive and len(alive) < len(chosen):
-            self._cache.batch_select_indices(torch.tensor(alive, device=self._pending.device))
-            self._counts = self._counts[alive] if self._counts is not None else None
-        self._rows = [self._rows[n] for n in alive]
-        self._pending = torch.tensor([[chosen[n]] for n in alive], device=self._pending.device)
+    def _forked(self, changes: dict[str, Edit]) -> dict[str, Edit]:
+        """Read the prompt as one row up to the first layer where the ways part, as many from there on."""
+        hooks = [h for acting in self._ways for what in acting for h in (what.hook_name, what.reads) if h]
+        layer = min(self._language.depth(hook)[0] for hook in hooks)
+        name, n = f"blocks.{layer}.hook_resid_pre", len(self._ways)
+        then = changes.get(name)
+
+        def fork(h: Tensor) -> Tensor:
+            h = h.expand(n, -1, -1).contiguous()
+            return h if then is None else then(h)
+
+        return {**changes, name: fork}
 
 
-def edits_of(
-    directions: Sequence[tuple[Coder, int, float]], method: SteerMethod, device: torch.device
-) -> dict[str, Edit]:
-    """One edit per hook from (SAE, latent, coefficient) triples."""
-    by_hook: dict[str, list[tuple[Coder, int, float]]] = {}
-    for direction in directions:
-        by_hook.setdefault(direction[0].hook_name_out, []).append(direction)
-    make: Callable[[Tensor, Tensor], Edit] = METHODS[method]
-    return {
-        hook: make(
-            unit_rows(torch.stack([coder.W_dec[latent] for coder, latent, _ in group])),
-            torch.tensor([coefficient for _, _, coefficient in group], dtype=torch.float32, device=device),
+class Batch:
+    """The rows of one model that are being generated."""
+
+    def __init__(self, language: LanguageModel) -> None:
+        self.language = language
+        self._cache = RowCache()
+        self._rows: list[tuple[Run, Row]] = []
+        self._plan: tuple[tuple[object, ...], dict[str, Edit]] = ((), {})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def runs(self) -> list[Run]:
+        return list({id(run): run for run, _ in self._rows}.values())
+
+    @torch.inference_mode()
+    def join(self, prefill: Prefill) -> list[Token] | NotFinite:
+        """Take in a run whose prompts have been read; return its first tokens."""
+        run, rows = prefill.run, prefill.rows()
+        [(_, outcome)], alive = _advance([(run, row) for row in rows], prefill.logits())
+        staying = {id(row) for _, row in alive}
+        caches = [
+            (cache, kept)
+            for (cache, places), own in zip(prefill.caches(), _split(rows, prefill.caches()), strict=True)
+            if (kept := [place for place, row in zip(places, own, strict=True) if id(row) in staying])
+        ]
+        if caches:
+            self._cache.join(caches)
+            self._rows += alive
+        return outcome
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Run, list[Token] | NotFinite]]:
+        """Generate one token of every row; return each run's."""
+        logits = self._forward()
+        outcomes, alive = _advance(self._rows, logits)
+        if len(alive) < len(self._rows):
+            self._keep([n for n, (_, row) in enumerate(self._rows) if any(row is kept for _, kept in alive)])
+        return outcomes
+
+    @torch.inference_mode()
+    def drop(self, run: Run) -> None:
+        """Free the rows of a run that nobody reads any more."""
+        self._keep([n for n, (other, _) in enumerate(self._rows) if other is not run])
+
+    def _forward(self) -> Tensor:
+        rows = [row for _, row in self._rows]
+        device = self.language.device
+        lengths = [len(row.ids) - 1 for row in rows]  # cached; the last token is what is read now
+        longest = max(lengths)
+        mask = None
+        if min(lengths) < longest:
+            padding = torch.tensor([[longest - n] for n in lengths], device=device)
+            mask = (torch.arange(longest + 1, device=device) >= padding).long()
+        ids = torch.tensor([[row.ids[-1]] for row in rows], device=device)
+        positions = torch.tensor([[n] for n in lengths], device=device)
+        return forward(self.language, ids, positions, mask, self._cache, self._edits(rows))
+
+    def _edits(self, rows: list[Row]) -> dict[str, Edit]:
+        """What steers the tokens read now; made anew only when that changes."""
+        card = self.language.card
+        wanted = [
+            Applied(n, what, None)
+            for n, row in enumerate(rows)
+            for what in row.interventions
+            if what.applies(card, row.ids[-1], len(row.ids) - 1, row.n_prompt)
+        ]
+        key = (len(rows), *((item.row, item.what) for item in wanted))
+        if key != self._plan[0]:
+            self._plan = (key, edits(wanted, len(rows)))
+        return self._plan[1]
+
+    def _keep(self, places: list[int]) -> None:
+        self._rows = [self._rows[n] for n in places]
+        if not places:
+            self._cache = RowCache()
+            return
+        longest = max(len(row.ids) - 1 for _, row in self._rows)
+        self._cache.select(places, self._cache.get_seq_length() - longest)
+
+
+def forward(
+    language: LanguageModel,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    cache: RowCache,
+    changes: dict[str, Edit],
+) -> Tensor:
+    """Logits after the last position: [row, d_vocab], float32."""
+    named = {_cache_name(language.hf.forward): cache}
+    with language.edited(changes):
+        output = language.hf(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1, **named
         )
-        for hook, group in by_hook.items()
-    }
+    return output.logits[:, -1].float()
 
 
-def _cache_name(forward: Callable[..., object]) -> str:
+def _advance(
+    rows: Sequence[tuple[Run, Row]], logits: Tensor
+) -> tuple[list[tuple[Run, list[Token] | NotFinite]], list[tuple[Run, Row]]]:
+    """Choose each row's next token: what each run shows of it, and the rows that go on."""
+    totals = logits.logsumexp(-1)
+    chosen = choose(logits, [row.sampler for _, row in rows])
+    own = (logits[range(len(chosen)), chosen] - totals).tolist()
+    tops = _tops(logits, totals, [run.asked.n_logprobs for run, _ in rows])
+    failed = {id(run) for (run, _), finite in zip(rows, totals.isfinite().tolist(), strict=True) if not finite}
+    found: dict[int, tuple[Run, list[Token] | NotFinite]] = {}
+    alive: list[tuple[Run, Row]] = []
+    for (run, row), token, logprob, top in zip(rows, chosen, own, tops, strict=True):
+        if id(run) in failed:
+            words = "The model's logits are no longer finite; lower the strength of the steering."
+            found[id(run)] = (run, NotFinite(words))
+            continue
+        shown, goes_on = run.take(row, token, logprob, top)
+        events = found.setdefault(id(run), (run, []))[1]
+        assert isinstance(events, list)
+        events += [token.model_copy(update={"row": name}) for token in shown for name in row.names]
+        if goes_on:
+            alive.append((run, row))
+    for _, outcome in found.values():
+        if isinstance(outcome, list):
+            for event in outcome[:-1]:
+                event.__dict__["more"] = True
+    return list(found.values()), alive
+
+
+def _tops(logits: Tensor, totals: Tensor, wanted: list[int]) -> list[list[tuple[int, float]]]:
+    if not any(wanted):
+        return [[] for _ in wanted]
+    values, ids = (logits - totals.unsqueeze(-1)).topk(min(max(wanted), logits.shape[-1]), dim=-1)
+    return [list(zip(i[:n], v[:n], strict=True)) for n, i, v in zip(wanted, ids.tolist(), values.tolist(), strict=True)]
+
+
+def _split(rows: list[Row], caches: list[tuple[RowCache, list[int]]]) -> list[list[Row]]:
+    """The rows of each prompt's cache."""
+    parts: list[list[Row]] = []
+    at = 0
+    for _, places in caches:
+        parts.append(rows[at : at + len(places)])
+        at += len(places)
+    return parts
+
+
+def _cache_name(run: Callable[..., object]) -> str:
     """What this model class calls its KV cache: transformers 5.24 renames the argument, one architecture at a time."""
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(run).parameters else "past_key_values"
 
 
 def stop_ids(language: LanguageModel) -> frozenset[int]:
@@ -160,3 +400,11 @@ def stop_ids(language: LanguageModel) -> frozenset[int]:
     named = config.eos_token_id if config is not None else None
     ids = named if isinstance(named, list) else [named]
     return frozenset(i for i in [*ids, language.tokenizer.eos_token_id] if i is not None)
+
+
+def kv_bytes(language: LanguageModel) -> int:
+    """What one position of one row takes in the KV cache."""
+    config = language.hf.config
+    heads = getattr(config, "num_key_value_heads", None) or language.card.n_heads
+    d_head = getattr(config, "head_dim", None) or language.card.d_head
+    return 2 * language.card.n_layers * heads * d_head * language.dtype.itemsize

@@ -1,7 +1,8 @@
-"""The one thread that owns the device: texts waiting to be encoded are batched, generations take turns token by token.
+"""The one thread that owns the device: texts waiting to be encoded are batched, and so are the texts being generated.
 
-A turn is one batch of encodes, one computation and one token of one generation, so none starves the others and a long
-run does not hold up a short one. Knows no HTTP and no files; what it is given is resident already.
+A turn is one batch of encodes, one piece of some other work, one piece of a prompt and one token of every row of one
+model's batch, so none of them starves another. Runs that find no room wait; of those the next is one of the user with
+the fewest rows in the batches. Knows no HTTP and no files; what it is given is resident already.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,16 +21,18 @@ import torch
 
 from app import log
 from app.errors import AtlasError, Busy, Unavailable
-from app.protocol import SaeActs, Token
+from app.protocol import Queued, SaeActs, Token
 from workers.gpu.encoding import Text, encode
-from workers.gpu.generation import Generation, NotFinite
+from workers.gpu.generation import Batch, Prefill, Run, kv_bytes
 from workers.gpu.residuals import Residuals
 from workers.language_model import LanguageModel
 
-T = TypeVar("T")
+MAX_ROWS = 32
+"""Rows that grow side by side, so that a token of each comes soon."""
 
-MAX_RUNS = 8
-"""Generations that take turns; more wait for a place, so that KV caches stay bounded."""
+T = TypeVar("T")
+Pieces = Generator[None, None, T]
+"""Work for the device in pieces; between two of them others have their turn."""
 
 logger = log.get(__name__)
 
@@ -44,37 +47,47 @@ class _Encode:
     future: Future[list[SaeActs]] = field(default_factory=lambda: Future[list[SaeActs]]())
 
 
-@dataclass
-class _Task:
-    """A computation of one request, such as an attribution, that is not batched with others."""
+@dataclass(eq=False)
+class _Waiting:
+    """A run and where its tokens go. `send(None)` says that it has ended; an exception that it failed."""
 
-    work: Callable[[], Any]
-    deadline: float
-    future: Future[Any] = field(default_factory=lambda: Future[Any]())
-
-
-@dataclass
-class _Run:
-    """A generation and where its tokens go. `send(None)` says that it has ended; an exception that it failed."""
-
-    start: Callable[[], Generation]
-    send: Callable[[list[Token] | Exception | None], None]
+    run: Run
+    send: Callable[[list[Token | Queued] | Exception | None], None]
     cancelled: threading.Event
-    generation: Generation | None = None
+    place: int = 0
+    """What was last said of its place in the queue."""
+    prefill: Prefill | None = None
+
+
+@dataclass(eq=False)
+class _Work:
+    """Something else for the device, in pieces."""
+
+    pieces: Pieces[Any]
+    deadline: float
+    """Nobody listens after that."""
+    future: Future[Any] = field(default_factory=lambda: Future[Any]())
 
 
 class Lane:
     """Owns a thread. `encode` and `generate` are called from one event loop; `admit` bounds how many do so at once."""
 
-    def __init__(self, max_queue: int, batch_tokens: int, residuals: Residuals | None = None) -> None:
+    def __init__(
+        self, max_queue: int, batch_tokens: int, residuals: Residuals | None = None, kv_budget: int = 2**31
+    ) -> None:
         self.max_queue = max_queue
-        self.admitted = 0
         self.residuals = residuals or Residuals(0)
+        self.kv_budget = kv_budget
+        """Bytes that the KV caches of all runs may take."""
+        self.admitted = 0
         self._batch_tokens = batch_tokens
         self._encodes: list[_Encode] = []
-        self._tasks: deque[_Task] = deque()
-        self._waiting_runs: deque[_Run] = deque()
-        self._runs: deque[_Run] = deque()
+        self._works: deque[_Work] = deque()
+        self._waiting: list[_Waiting] = []
+        self._reading: deque[_Waiting] = deque()
+        """Let in; their prompts are being read."""
+        self._growing: list[_Waiting] = []
+        self._batches: deque[Batch] = deque()
         self._stopping = False
         self._changed = threading.Condition()
         self._ended = threading.Event()
@@ -109,25 +122,34 @@ class Lane:
         self._put(lambda: self._encodes.extend(items))
         return list(await asyncio.gather(*(asyncio.wrap_future(item.future) for item in items)))
 
-    async def compute(self, work: Callable[[], T], seconds: float) -> T:
-        """Call a function on the lane's thread, which alone may use the device."""
-        task = _Task(work, time.monotonic() + seconds)
-        self._put(lambda: self._tasks.append(task))
-        return await asyncio.wrap_future(task.future)
-
-    async def generate(self, start: Callable[[], Generation]) -> AsyncIterator[list[Token]]:
-        """Yield tokens as they come. `start` is called on the lane's thread. Closing the iterator ends the run."""
+    async def generate(self, run: Run) -> AsyncIterator[list[Token | Queued]]:
+        """Yield tokens as they come, and the place in the queue before. Closing the iterator ends the run."""
         loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[list[Token] | Exception | None] = asyncio.Queue()
-        run = _Run(start, lambda item: _post(loop, inbox, item), threading.Event())
-        self._put(lambda: self._waiting_runs.append(run))
+        inbox: asyncio.Queue[list[Token | Queued] | Exception | None] = asyncio.Queue()
+        waiting = _Waiting(run, lambda item: _post(loop, inbox, item), threading.Event())
+        self._put(lambda: self._waiting.append(waiting))
         try:
             while (item := await inbox.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
         finally:
-            run.cancelled.set()
+            waiting.cancelled.set()
+
+    async def compute(self, work: Callable[[], T], seconds: float) -> T:
+        """Call a function on the lane's thread, which alone may use the device."""
+
+        def pieces() -> Pieces[T]:
+            return work()
+            yield
+
+        return await self.work(pieces(), seconds)
+
+    async def work(self, pieces: Pieces[T], seconds: float) -> T:
+        """Do something else on the device, a piece in each turn. Nothing more is done once the caller is gone."""
+        item = _Work(pieces, time.monotonic() + seconds)
+        self._put(lambda: self._works.append(item))
+        return await asyncio.wrap_future(item.future)
 
     def _put(self, change: Callable[[], None]) -> None:
         with self._changed:
@@ -151,19 +173,19 @@ class Lane:
         while self._wait():
             if batch := self._next_batch():
                 _answer(batch, self.residuals)
-            if task := self._next_task():
-                _compute(task)
-            self._admit_runs()
-            if self._runs:
-                run = self._runs.popleft()
-                if _advance(run):
-                    self._runs.append(run)
+            self._do_piece()
+            self._drop_cancelled()
+            self._let_in()
+            self._read_piece()
+            self._grow()
         self._refuse_rest()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when stopping."""
         with self._changed:
-            while not (self._encodes or self._tasks or self._waiting_runs or self._runs or self._stopping):
+            while not (
+                self._encodes or self._works or self._waiting or self._reading or self._batches or self._stopping
+            ):
                 self._changed.wait()
             return not self._stopping
 
@@ -188,35 +210,127 @@ class Lane:
             self._encodes = [item for item in waiting if id(item) not in taken]
             return batch
 
-    def _next_task(self) -> _Task | None:
-        with self._changed:
-            while self._tasks:
-                task = self._tasks.popleft()
-                if task.deadline > time.monotonic() and task.future.set_running_or_notify_cancel():
-                    return task
-        return None
+    def _do_piece(self) -> None:
+        if not self._works:
+            return
+        item = self._works.popleft()
+        if item.future.cancelled() or item.deadline < time.monotonic():
+            item.pieces.close()
+            return
+        try:
+            next(item.pieces)
+            self._works.append(item)
+        except StopIteration as end:
+            _set(item.future, end.value)
+        except Exception as error:
+            _set(item.future, error if isinstance(error, AtlasError) else _as_error(error))
 
-    def _admit_runs(self) -> None:
+    def _drop_cancelled(self) -> None:
+        """Free what belongs to clients that have gone."""
         with self._changed:
-            while self._waiting_runs and len(self._runs) < MAX_RUNS:
-                self._runs.append(self._waiting_runs.popleft())
+            self._waiting = [item for item in self._waiting if not item.cancelled.is_set()]
+        self._reading = deque(item for item in self._reading if not item.cancelled.is_set())
+        for item in [item for item in self._growing if item.cancelled.is_set()]:
+            logger.info("run cancelled", rows=item.run.n_rows)
+            self._growing.remove(item)
+            for batch in self._batches:
+                batch.drop(item.run)
+        self._batches = deque(batch for batch in self._batches if len(batch))
+
+    def _let_in(self) -> None:
+        """Take in the runs that there is room for, and tell the others their places."""
+        with self._changed:
+            while self._waiting and self._has_room(item := self._next_run()):
+                self._waiting.remove(item)
+                if item.place:
+                    item.send([Queued(place=0)])
+                self._reading.append(item)
+            waiting = list(self._waiting)
+        for place, item in enumerate(waiting, 1):
+            if item.place != place:
+                item.place = place
+                item.send([Queued(place=place)])
+
+    def _next_run(self) -> _Waiting:
+        """The oldest of the user with the fewest rows."""
+        rows: dict[str, int] = {}
+        for item in [*self._reading, *self._growing]:
+            rows[item.run.asked.user] = rows.get(item.run.asked.user, 0) + item.run.n_rows
+        return min(self._waiting, key=lambda item: rows.get(item.run.asked.user, 0))
+
+    def _has_room(self, item: _Waiting) -> bool:
+        active = [other.run for other in [*self._reading, *self._growing]]
+        taken = sum(run.n_tokens * kv_bytes(run.language) for run in active)
+        fits = taken + item.run.n_tokens * kv_bytes(item.run.language) <= self.kv_budget
+        return not active or (fits and sum(run.n_rows for run in active) + item.run.n_rows <= MAX_ROWS)
+
+    def _read_piece(self) -> None:
+        """Read a piece of the prompts of one run; with the last piece it joins its model's batch."""
+        if not self._reading:
+            return
+        item = self._reading.popleft()
+        try:
+            item.prefill = item.prefill or Prefill(item.run)
+            item.prefill.step()
+            if not item.prefill.done:
+                self._reading.append(item)
+                return
+            batch = self._batch(item.run.language)
+            outcome = batch.join(item.prefill)
+            item.prefill = None
+        except Exception as error:
+            item.send(_as_error(error))
+            return
+        self._growing.append(item)
+        self._tell(item, outcome)
+
+    def _batch(self, language: LanguageModel) -> Batch:
+        for batch in self._batches:
+            if batch.language is language:
+                return batch
+        self._batches.append(Batch(language))
+        return self._batches[-1]
+
+    def _grow(self) -> None:
+        """One token of every row of one model's batch; the models take turns."""
+        if not self._batches:
+            return
+        batch = self._batches.popleft()
+        if not len(batch):
+            return
+        try:
+            outcomes = batch.step()
+        except Exception as error:
+            failure = _as_error(error)
+            for item in [item for item in self._growing if item.run in batch.runs]:
+                self._tell(item, failure)
+            return
+        items = {id(item.run): item for item in self._growing}
+        for run, outcome in outcomes:
+            self._tell(items[id(run)], outcome)
+        if len(batch):
+            self._batches.append(batch)
+
+    def _tell(self, item: _Waiting, outcome: list[Token] | Exception) -> None:
+        """Send what a run has got, and its end."""
+        if isinstance(outcome, Exception):
+            self._growing.remove(item)
+            item.send(outcome)
+            return
+        if outcome:
+            item.send([*outcome])
+        if item.run.done:
+            self._growing.remove(item)
+            item.send(None)
 
     def _refuse_rest(self) -> None:
         error = Unavailable("The gpu worker is stopping; try again in a few seconds.")
         for item in self._encodes:
             _settle(item, error)
-        for task in self._tasks:
-            if task.future.set_running_or_notify_cancel():
-                task.future.set_exception(error)
-        for run in [*self._runs, *self._waiting_runs]:
-            run.send(error)
-
-
-def _compute(task: _Task) -> None:
-    try:
-        task.future.set_result(task.work())
-    except Exception as error:
-        task.future.set_exception(error if isinstance(error, AtlasError) else _as_error(error))
+        for work in self._works:
+            _set(work.future, error)
+        for item in [*self._waiting, *self._reading, *self._growing]:
+            item.send(error)
 
 
 def _answer(batch: list[_Encode], residuals: Residuals) -> None:
@@ -232,34 +346,16 @@ def _answer(batch: list[_Encode], residuals: Residuals) -> None:
 
 
 def _settle(item: _Encode, outcome: list[SaeActs] | Exception) -> None:
-    if not item.future.set_running_or_notify_cancel():
+    _set(item.future, outcome)
+
+
+def _set(future: Future[Any], outcome: Any) -> None:
+    if not future.set_running_or_notify_cancel():
         return
     if isinstance(outcome, Exception):
-        item.future.set_exception(outcome)
+        future.set_exception(outcome)
     else:
-        item.future.set_result(outcome)
-
-
-def _advance(run: _Run) -> bool:
-    """Give a run its turn; False when it has ended."""
-    if run.cancelled.is_set():
-        logger.info("run cancelled")
-        return False
-    try:
-        if run.generation is None:
-            run.generation = run.start()
-        if tokens := run.generation.step():
-            run.send(tokens)
-    except NotFinite as error:
-        run.send(error)
-        return False
-    except Exception as error:
-        run.send(_as_error(error))
-        return False
-    if run.generation.done:
-        run.send(None)
-        return False
-    return True
+        future.set_result(outcome)
 
 
 def _as_error(error: Exception) -> Exception:
@@ -275,8 +371,8 @@ def _as_error(error: Exception) -> Exception:
 
 def _post(
     loop: asyncio.AbstractEventLoop,
-    inbox: asyncio.Queue[list[Token] | Exception | None],
-    item: list[Token] | Exception | None,
+    inbox: asyncio.Queue[list[Token | Queued] | Exception | None],
+    item: list[Token | Queued] | Exception | None,
 ) -> None:
     # The loop is closed when the process stops under a run; nobody reads the inbox then.
     if not loop.is_closed():

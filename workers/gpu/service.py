@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -29,6 +30,7 @@ from app.protocol import (
     AblateRequest,
     AttributeRequest,
     ChatRequest,
+    DifferenceRequest,
     EncodeRequest,
     End,
     FaithfulRequest,
@@ -36,19 +38,25 @@ from app.protocol import (
     GradientRequest,
     LoadReply,
     LoadRequest,
+    NextRequest,
     PredictRequest,
     SaeRef,
+    ScoreRequest,
     Start,
+    SteerDirection,
+    SteerRow,
     Target,
     TextRef,
     TokenizeRequest,
     WorkerStatus,
 )
 from app.settings import Settings
-from workers.gpu import attribution
+from app.tokens import vocabulary
+from workers.gpu import attribution, scoring
 from workers.gpu.encoding import Text
-from workers.gpu.generation import Generation, NotFinite, edits_of
-from workers.gpu.lane import Lane
+from workers.gpu.generation import Interventions, NotFinite, Run, kv_bytes
+from workers.gpu.interventions import intervention
+from workers.gpu.lane import MAX_ROWS, Lane
 from workers.gpu.residents import Held, Residents, device_bytes
 from workers.gpu.residuals import Residuals
 from workers.language_model import LanguageModel
@@ -56,6 +64,8 @@ from workers.language_model import LanguageModel
 M = TypeVar("M", bound=BaseModel)
 BATCH_TOKENS = {"cpu": 4096, "mps": 8192, "cuda": 16384}
 BUDGET_SHARE = 0.6
+KV_SHARE = 0.15
+"""Of the device's memory, for the KV caches of all runs."""
 
 logger = log.get(__name__)
 
@@ -70,7 +80,9 @@ class Worker:
 
 
 def create_lane(settings: Settings) -> Lane:
-    return Lane(settings.max_queue, BATCH_TOKENS[choose_device(settings)], Residuals(settings.residual_bytes))
+    device = choose_device(settings)
+    residuals = Residuals(settings.residual_bytes)
+    return Lane(settings.max_queue, BATCH_TOKENS[device], residuals, int(device_bytes(device) * KV_SHARE))
 
 
 def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
@@ -101,6 +113,9 @@ def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
         Route("/faithful", _answering(worker, faithful), methods=["POST"]),
         Route("/chat", _answering(worker, chat), methods=["POST"]),
         Route("/generate", _answering(worker, generate), methods=["POST"]),
+        Route("/next", _answering(worker, next_tokens), methods=["POST"]),
+        Route("/score", _answering(worker, score), methods=["POST"]),
+        Route("/difference", _answering(worker, difference), methods=["POST"]),
         Route("/status", _answering(worker, status)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -253,14 +268,14 @@ async def generate(worker: Worker, request: Request) -> Response:
 
 
 async def _generate(worker: Worker, asked: GenerateRequest) -> AsyncGenerator[list[Any]]:
-    """Yield events in the groups in which they come: the start, each step's tokens, the end."""
+    """Yield events in the groups in which they come: the start, places in the queue, each step's tokens, the end."""
     started = time.monotonic()
     with worker.lane.admit():
-        async with worker.residents.hold(asked.model, [direction.sae for direction in asked.directions]) as held:
-            start, prompt_ids = await asyncio.to_thread(_prepare, worker, held, asked)
-            yield [Start.model_construct(prompt_ids=prompt_ids)]
+        async with worker.residents.hold(asked.model, _saes(asked.rows)) as held:
+            run, prompts = await asyncio.to_thread(_prepare, worker, held, asked)
+            yield [Start.model_construct(prompt_ids=prompts[0], rows=prompts)]
             error = ""
-            tokens = worker.lane.generate(start)
+            tokens = worker.lane.generate(run)
             try:
                 async for step in tokens:
                     yield step
@@ -270,31 +285,119 @@ async def _generate(worker: Worker, asked: GenerateRequest) -> AsyncGenerator[li
                 error = "The gpu worker failed while generating; its log has the cause."
             finally:
                 await tokens.aclose()
-            yield [End.model_construct(error=error, seconds=round(time.monotonic() - started, 3))]
+            yield [End.model_construct(error=error, seconds=round(time.monotonic() - started, 3), finish=run.finish)]
 
 
-def _prepare(worker: Worker, held: Held, asked: GenerateRequest) -> tuple[Callable[[], Generation], list[int]]:
+def _prepare(worker: Worker, held: Held, asked: GenerateRequest) -> tuple[Run, list[list[int]]]:
     language = held.language
-    [prompt_ids] = _ids(language, [asked.prompt], asked.prepend_bos)
-    if not prompt_ids:
-        raise BadInput(f"The prompt is empty, and {asked.model.id} has no token that begins a text. Write something.")
-    limit = min(worker.settings.max_text_tokens, language.card.n_ctx)
-    _check_lengths([prompt_ids], limit, asked.model.id)
-    if len(prompt_ids) + asked.max_new_tokens > language.card.n_ctx:
+    prompts = _prompts(worker, language, asked)
+    longest = max(map(len, prompts))
+    if longest + asked.max_new_tokens > language.card.n_ctx:
         raise BadInput(
-            f"Prompt of {len(prompt_ids)} tokens and {asked.max_new_tokens} new ones make "
-            f"{len(prompt_ids) + asked.max_new_tokens}; {asked.model.id} reads {language.card.n_ctx}."
+            f"Prompt of {longest} tokens and {asked.max_new_tokens} new ones make "
+            f"{longest + asked.max_new_tokens}; {asked.model.id} reads {language.card.n_ctx}."
         )
-    _check_fits(held, [(direction.sae, direction.latent) for direction in asked.directions])
-    directions = [(held.saes[d.sae.path], d.latent, d.coefficient) for d in asked.directions]
-    for _, _, coefficient in directions:
-        if not math.isfinite(coefficient):
-            raise BadInput(f"A steering coefficient is {coefficient}; it must be a finite number.")
+    if len(asked.rows) * asked.n_samples > MAX_ROWS:
+        raise BadInput(
+            f"{len(asked.rows)} rows of {asked.n_samples} samples make {len(asked.rows) * asked.n_samples} texts; "
+            f"one run makes up to {MAX_ROWS}. Ask for fewer samples."
+        )
+    words = vocabulary(Path(asked.model.path) / "vocabulary.json") if any(asked.stop) else None
+    run = Run(language, asked, prompts, _interventions(held, asked.rows), words)
+    need = run.n_tokens * kv_bytes(language)
+    if need > worker.lane.kv_budget:
+        raise BadInput(
+            f"This run may come to {need / 2**20:,.0f} MiB of KV cache, {worker.lane.kv_budget / 2**20:,.0f} MiB are "
+            "there for all runs. Ask for fewer tokens or samples."
+        )
+    return run, prompts
 
-    def start() -> Generation:
-        return Generation(language, prompt_ids, edits_of(directions, asked.method, language.device), asked)
 
-    return start, prompt_ids
+def _prompts(worker: Worker, language: LanguageModel, asked: GenerateRequest | NextRequest) -> list[list[int]]:
+    """Token ids of every row's prompt. Raises BadInput for none, and for one that is too long."""
+    prompts = [_prompt_ids(language, asked, row) for row in asked.rows]
+    if not all(prompts):
+        raise BadInput(f"The prompt is empty, and {asked.model.id} has no token that begins a text. Write something.")
+    _check_lengths(prompts, min(worker.settings.max_text_tokens, language.card.n_ctx), asked.model.id)
+    return prompts
+
+
+def _prompt_ids(language: LanguageModel, asked: GenerateRequest | NextRequest, row: SteerRow) -> list[int]:
+    if row.messages:
+        return language.chat_ids([(message.role, message.content) for message in row.messages])
+    return language.to_ids(asked.prompt if row.prompt is None else row.prompt, asked.prepend_bos)
+
+
+def _saes(rows: list[SteerRow]) -> list[SaeRef]:
+    return [direction.sae for row in rows for direction in row.directions if direction.sae is not None]
+
+
+def _interventions(held: Held, rows: list[SteerRow]) -> list[Interventions]:
+    """Each row's interventions; a direction that several rows ask for is one and the same."""
+    made: dict[str, Interventions] = {}
+    return [tuple(one for direction in row.directions for one in _one(held, direction, made)) for row in rows]
+
+
+def _one(held: Held, direction: SteerDirection, made: dict[str, Interventions]) -> Interventions:
+    key = direction.model_dump_json()
+    if key not in made:
+        if not math.isfinite(direction.coefficient):
+            raise BadInput(f"A steering coefficient is {direction.coefficient}; it must be a finite number.")
+        if direction.sae is not None:
+            _check_fits(held, [(direction.sae, direction.latent)])
+        made[key] = (intervention(direction, held.saes, held.language),)
+    return made[key]
+
+
+async def next_tokens(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, NextRequest)
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, _saes(asked.rows)) as held:
+            prompts = await asyncio.to_thread(_prompts, worker, held.language, asked)
+            wanted = GenerateRequest(model=asked.model, rows=asked.rows)
+            interventions = _interventions(held, asked.rows)
+            pieces = scoring.next_tokens(held.language, asked.rows, prompts, interventions, asked.n_top, wanted)
+            reply = await worker.lane.work(pieces, worker.settings.request_seconds)
+    return _json(reply.__dict__)
+
+
+async def score(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, ScoreRequest)
+    rows = [SteerRow(name="", directions=directions) for directions in asked.conditions]
+    with worker.lane.admit():
+        saes = [*_saes(rows), *(query.sae for query in asked.queries)]
+        async with worker.residents.hold(asked.model, saes) as held:
+            _check_lengths([text.ids for text in asked.texts], held.language.card.n_ctx, asked.model.id)
+            for text in asked.texts:
+                if text.start >= len(text.ids) or not all(0 <= i < held.language.card.d_vocab for i in text.ids):
+                    raise BadInput("A text to score needs a continuation, and token ids that the model knows.")
+            _check_fits(held, [(q.sae, latent) for q in asked.queries for latent in q.latents])
+            queries = [(held.saes[query.sae.path], query) for query in asked.queries]
+            pieces = scoring.score(
+                held.language,
+                asked.texts,
+                _interventions(held, rows),
+                [Text(text.ids, queries) for text in asked.texts],
+                asked.n_top,
+            )
+            texts = await worker.lane.work(pieces, worker.settings.request_seconds)
+    return _json({"texts": [_plain(text) for text in texts]})
+
+
+async def difference(worker: Worker, request: Request) -> Response:
+    asked = await _body(request, DifferenceRequest)
+    with worker.lane.admit():
+        async with worker.residents.hold(asked.model, []) as held:
+            language = held.language
+            language.hook_size(asked.hook_name)  # raises for a hook that is not there
+            plus, minus = [
+                await asyncio.to_thread(_ids, language, texts, asked.prepend_bos) for texts in (asked.plus, asked.minus)
+            ]
+            limit = min(worker.settings.max_text_tokens, language.card.n_ctx)
+            _check_lengths([*plus, *minus], limit, asked.model.id)
+            pieces = scoring.difference(language, asked.hook_name, plus, minus, last_only=asked.last_only)
+            reply = await worker.lane.work(pieces, worker.settings.request_seconds)
+    return _json(reply.__dict__)
 
 
 async def status(worker: Worker, _request: Request) -> Response:

@@ -216,6 +216,13 @@ class Coder:
         row = self.W_dec[latent]
         return row / row.norm()
 
+    def unit_of(self, x: Float[Tensor, "batch d_in"], latent: int) -> Float[Tensor, "batch d_out"]:
+        """Return what one unit of a latent's activation adds to the reconstruction of each x."""
+        row = self.W_dec[latent]
+        if self.switches.rescale_acts_by_decoder_norm:
+            row = row / row.norm()
+        return row.expand(x.shape[0], -1) * self._output_scale(x.to(row.dtype))
+
     def _input(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         x = self.seen(x.to(self.W_enc.dtype))
         match self.switches.normalize_activations:

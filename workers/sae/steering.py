@@ -1,24 +1,27 @@
-"""Ways to push a residual stream along SAE decoder rows. Pure tensor maths; which rows and positions is the caller's.
+"""Ways to push activations along SAE directions. Pure tensor maths; which rows and positions is the caller's.
 
-With v a unit-norm decoder row, P = v v^T and c the coefficient (strength x multiplier, in units of activation):
+With h what is at the hook that an SAE writes to, v its unit-norm decoder row, P = v v^T, a its activation there, w what
+one unit of activation adds to the reconstruction, and c the coefficient (strength x multiplier):
 
-    SIMPLE_ADDITIVE     h + c v
-    ORTHOGONAL_DECOMP   (I - P) h + c P h      c = 0 removes the direction, 1 leaves h as it is
-    PROJECTION_CAP      h with its projection on v clipped to at most c
+    add          h + c v                  c in units of activation along the unit row
+    clamp        h + (c - a) w            the activation becomes c; the SAE's error stays
+    scale        h + (c - 1) a w          the activation becomes c a
+    ablate       h - a w                  the activation becomes 0
+    orthogonal   (I - P) h + c P h        c = 0 removes the direction, 1 leaves h as it is
+    cap          h with its projection on v clipped to at most c
 
-The names are Neuronpedia's. Several directions at one hook add up (additive) or act one after the other (the others).
+For a vector that belongs to no SAE, a is the projection v^T h and w is v. The activations a are those of h as it comes
+to the hook (for a transcoder: of its input), so the first four act at once and add up; the last two follow, one after
+the other. SIMPLE_ADDITIVE, ORTHOGONAL_DECOMP and PROJECTION_CAP are Neuronpedia's names of add, orthogonal and cap.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Edit = Callable[[Tensor], Tensor]
-"""[... d_in] -> [... d_in], in the dtype given."""
+from workers.sae.coders import Coder
 
 
 def unit_rows(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
@@ -27,43 +30,26 @@ def unit_rows(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def additive(directions: Float[Tensor, "n d_in"], coefficients: Float[Tensor, " n"]) -> Edit:
-    """h + sum of c v. The sum is made once, so a token costs one addition however many features are steered."""
-    delta = coefficients @ directions
-
-    def edit(h: Tensor) -> Tensor:
-        return h + delta.to(h.dtype)
-
-    return edit
+def activation_shift(
+    x: Float[Tensor, "n d_in"], coder: Coder, latent: int, *, scale: float, value: float
+) -> Float[Tensor, "n d_out"]:
+    """What makes a latent's activation a into scale x a + value, added to what the SAE writes to."""
+    a = coder.encode_latents(x, torch.tensor([latent], device=x.device))  # [n, 1]
+    return ((scale - 1) * a + value) * coder.unit_of(x, latent)
 
 
-def orthogonal(directions: Float[Tensor, "n d_in"], coefficients: Float[Tensor, " n"]) -> Edit:
-    """(I - P) h + c P h for each direction in turn."""
-
-    def edit(h: Tensor) -> Tensor:
-        moved = h.float()
-        for v, c in zip(directions, coefficients, strict=True):
-            moved = moved + ((c - 1) * (moved @ v)).unsqueeze(-1) * v
-        return moved.to(h.dtype)
-
-    return edit
+def projection_shift(
+    h: Float[Tensor, "n d_in"], v: Float[Tensor, " d_in"], *, scale: float, value: float
+) -> Float[Tensor, "n d_in"]:
+    """The same for the projection on a unit vector."""
+    return ((scale - 1) * (h @ v) + value).unsqueeze(-1) * v
 
 
-def cap(directions: Float[Tensor, "n d_in"], coefficients: Float[Tensor, " n"]) -> Edit:
-    """Clip the projection on each direction to at most its coefficient, in turn."""
-
-    def edit(h: Tensor) -> Tensor:
-        moved = h.float()
-        for v, c in zip(directions, coefficients, strict=True):
-            excess = (moved @ v - c).clamp_min(0)
-            moved = moved - excess.unsqueeze(-1) * v
-        return moved.to(h.dtype)
-
-    return edit
+def orthogonal(h: Float[Tensor, "n d_in"], v: Float[Tensor, " d_in"], c: float) -> Float[Tensor, "n d_in"]:
+    """(I - P) h + c P h."""
+    return h + ((c - 1) * (h @ v)).unsqueeze(-1) * v
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor], Edit]] = {
-    "SIMPLE_ADDITIVE": additive,
-    "ORTHOGONAL_DECOMP": orthogonal,
-    "PROJECTION_CAP": cap,
-}
+def cap(h: Float[Tensor, "n d_in"], v: Float[Tensor, " d_in"], c: float) -> Float[Tensor, "n d_in"]:
+    """Clip the projection on v to at most c."""
+    return h - (h @ v - c).clamp_min(0).unsqueeze(-1) * v
