@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from sqlalchemy import ColumnElement, Float, Integer, UnaryExpression, func, literal, or_, select, union_all
+from sqlalchemy import ColumnElement, Float, Integer, String, UnaryExpression, func, literal, or_, select, union_all
+from sqlalchemy import cast as cast_sql
 from sqlalchemy.orm import Session
 
 from app import wording
@@ -39,6 +40,7 @@ RESERVED = frozenset(
         "help",
         "import",
         "jobs",
+        "jump",
         "lists",
         "login",
         "logout",
@@ -48,6 +50,7 @@ RESERVED = frozenset(
         "new",
         "notes",
         "openapi.json",
+        "palette",
         "people",
         "prompt",
         "random",
@@ -204,6 +207,31 @@ class FeatureRecord:
     @property
     def path(self) -> str:
         return f"{self.source.path}/{self.feature.index}"
+
+
+@dataclass(frozen=True)
+class EvidenceChoice:
+    """A harvest of a source, for choosing between them."""
+
+    id: int
+    corpus: str
+    n_tokens: int
+    partial: bool
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a feature's page shows besides its record."""
+
+    explanations: tuple[ExplanationRow, ...]
+    """Best first."""
+    rows: Mapping[int, FeatureRow]
+    """Other features of its source, by index."""
+    harvests: tuple[EvidenceChoice, ...]
+    """All evidence there is of its source."""
+    sources: tuple[str, ...]
+    """Names of the model's sources, lowest layer first."""
+    models: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -437,14 +465,55 @@ def related(
     session: Session, source: SourceCard, index: int, others: Collection[int]
 ) -> tuple[tuple[ExplanationRow, ...], dict[int, FeatureRow]]:
     """Return a feature's explanations, best first, and the rows of other features of its source, in one query."""
+    found = session.execute(union_all(*_explanations_and_rows(source, index, others))).all()
+    return _explanation_rows(found), _feature_rows(found)
+
+
+def around(session: Session, source: SourceCard, index: int, others: Collection[int]) -> Around:
+    """Return what `related` does and where else one may go: other evidence, sources and models; in one query."""
+    harvests = (
+        select(
+            Harvest.id, Corpus.name, Harvest.state, _NOTHING, cast_sql(Harvest.n_tokens, Float), _NO_NUMBER, _kind(2)
+        )
+        .join(Corpus, Corpus.id == Harvest.corpus_id)
+        .where(Harvest.source_id == source.id)
+    )
+    sources = select(Source.layer, Source.name, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(3)).where(
+        Source.model_id == source.model_id
+    )
+    models = select(literal(0, Integer()), Model.id, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(4))
+    parts = [*_explanations_and_rows(source, index, others), harvests, sources, models]
+    found = session.execute(union_all(*parts)).all()
+    return Around(
+        _explanation_rows(found),
+        _feature_rows(found),
+        tuple(
+            EvidenceChoice(r.key, r.text, int(r.density), r.method == HarvestState.PARTIAL)
+            for r in sorted(found, key=lambda r: r.key)
+            if r.kind == 2
+        ),
+        tuple(r.text for r in sorted(found, key=lambda r: (r.key, r.text)) if r.kind == 3),
+        tuple(sorted(r.text for r in found if r.kind == 4)),
+    )
+
+
+_NOTHING = literal("", String())
+_NO_NUMBER = literal(None, Float())
+
+
+def _kind(number: int) -> ColumnElement[int]:
+    return literal(number, Integer())
+
+
+def _explanations_and_rows(source: SourceCard, index: int, others: Collection[int]) -> list[Any]:
     explanations = select(
         Explanation.id.label("key"),
         Explanation.text.label("text"),
         Explanation.method.label("method"),
         Explanation.author.label("author"),
-        literal(None, Float()).label("density"),
-        literal(None, Float()).label("max_act"),
-        literal(0, Integer()).label("kind"),
+        _NO_NUMBER.label("density"),
+        _NO_NUMBER.label("max_act"),
+        _kind(0).label("kind"),
     ).where(Explanation.source_id == source.id, Explanation.index == index)
     features = select(
         Feature.index,
@@ -453,14 +522,18 @@ def related(
         Feature.top_logit,
         Feature.density,
         Feature.max_act,
-        literal(1, Integer()),
+        _kind(1),
     ).where(Feature.source_id == source.id, Feature.index.in_(sorted(set(others))))
-    rows = session.execute(union_all(explanations, features)).all()
-    found = sorted((r for r in rows if r.kind == 0), key=lambda r: (r.method == "heuristic", r.key))
-    return (
-        tuple(ExplanationRow(r.key, r.text, r.method, r.author) for r in found),
-        {r.key: FeatureRow(r.key, r.text, r.density, r.max_act, r.method, r.author) for r in rows if r.kind == 1},
-    )
+    return [explanations, features]
+
+
+def _explanation_rows(found: Sequence[Any]) -> tuple[ExplanationRow, ...]:
+    ordered = sorted((r for r in found if r.kind == 0), key=lambda r: (r.method == "heuristic", r.key))
+    return tuple(ExplanationRow(r.key, r.text, r.method, r.author) for r in ordered)
+
+
+def _feature_rows(found: Sequence[Any]) -> dict[int, FeatureRow]:
+    return {r.key: FeatureRow(r.key, r.text, r.density, r.max_act, r.method, r.author) for r in found if r.kind == 1}
 
 
 def rows(session: Session, source: SourceCard, indices: Collection[int]) -> dict[int, FeatureRow]:

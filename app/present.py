@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from app.catalog import DENSE, FeatureRow
-from app.evidence import Example, FeatureEvidence, Floats, Interval, Ints
+from app.evidence import Effect, Example, FeatureEvidence, Floats, Interval, Ints, Silent
 from app.tokens import Vocabulary
 
 LEVELS = 10
@@ -43,6 +43,7 @@ class Piece:
     level: int = 0
     tip: str = ""
     peak: bool = False
+    """The token to look at first: the strongest, or, where nothing is active, the one that might have been."""
     special: bool = False
 
 
@@ -64,11 +65,40 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Vote:
+    """A token whose probability a feature changes, and by how much of 1."""
+
+    token: str
+    change: float
+
+
+@dataclass(frozen=True)
+class EffectView:
+    """What leaving the feature out at an example's peak does to the model's next token."""
+
+    loss_change: float | None
+    """Nats by which the actual next token gets less likely; None at the end of the corpus."""
+    kl: float
+    up: tuple[Vote, ...]
+    down: tuple[Vote, ...]
+
+
+@dataclass(frozen=True)
 class Shown:
     """A window and the ones left out because they read the same."""
 
     window: Window
     more: tuple[Window, ...]
+    effect: EffectView | None = None
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """A context without an activation, and why it is shown."""
+
+    window: Window
+    neighbour: FeatureRow | None
+    """The feature with a similar direction that peaks there; None where the token is one this feature peaks on."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +177,13 @@ class FeatureView:
     neurons: tuple[tuple[int, float], ...]
     has_text: bool
     """False when the corpus's tokens are not on this machine."""
+    skew: float | None = None
+    """Of the effects on the logits; None where the evidence does not say, as for kurtosis."""
+    kurtosis: float | None = None
+    silent: tuple[Quiet, ...] = ()
+    """Contexts drawn at random from those without an activation."""
+    hard_negatives: tuple[Quiet, ...] = ()
+    """Contexts without an activation where one might have expected it."""
 
 
 def feature_view(
@@ -160,6 +197,7 @@ def feature_view(
     special: frozenset[int] = frozenset(),
     width: Width = "16",
     per_example: bool = False,
+    effects: Sequence[Effect] = (),
 ) -> FeatureView:
     """Return what the page of a feature shows. Without contexts there are numbers but no examples.
 
@@ -172,7 +210,14 @@ def feature_view(
         title = titles(example.context, example.peak) if titles else ""
         return window_of(example, contexts(example.context), words, WIDTHS[width], full, bos, special, title)
 
+    def quiet(silent: Silent) -> Quiet:
+        assert contexts is not None
+        title = titles(silent.context, silent.position) if titles else ""
+        shown = silent_window(silent, contexts(silent.context), words, WIDTHS[width], bos, special, title)
+        return Quiet(shown, None if silent.neighbour is None else _row(silent.neighbour, others))
+
     readable = contexts is not None
+    measured = {(e.context, e.position): effect_view(e, words) for e in effects}
     return FeatureView(
         n_active=evidence.n_active,
         n_tokens=evidence.n_tokens,
@@ -180,7 +225,7 @@ def feature_view(
         max_act=evidence.max_act,
         mean_act=evidence.mean_act,
         kind="dead" if evidence.n_active == 0 else "dense" if evidence.density > DENSE else "usual",
-        top=fold([window(example) for example in evidence.top]) if readable else (),
+        top=_with_effects(fold([window(example) for example in evidence.top]), measured) if readable else (),
         groups=_groups(evidence, window) if readable else (),
         activations=_activations_chart(evidence),
         logits=_logits_chart(evidence),
@@ -190,7 +235,30 @@ def feature_view(
         correlated=_neighbours(evidence.correlated, evidence.pearson, others),
         neurons=tuple(zip(evidence.neurons.tolist(), evidence.neuron_weights.tolist(), strict=False)),
         has_text=readable,
+        skew=_finite(evidence.logits_skew),
+        kurtosis=_finite(evidence.logits_kurtosis),
+        silent=tuple(quiet(s) for s in evidence.silent) if readable else (),
+        hard_negatives=tuple(quiet(s) for s in evidence.hard_negatives) if readable else (),
     )
+
+
+def effect_view(effect: Effect, words: Vocabulary) -> EffectView:
+    up, down = (tuple(Vote(words.string(t), share) for t, share in votes) for votes in (effect.up, effect.down))
+    return EffectView(_finite(effect.loss_change), effect.kl, up, down)
+
+
+def weight(shown: Sequence[Shown | Quiet]) -> int:
+    """Return about how many bytes of markup some examples take."""
+    total = 0
+    for example in shown:
+        more = example.more if isinstance(example, Shown) else ()
+        total += 250 + (350 if isinstance(example, Shown) and example.effect else 0)
+        for window in (example.window, *more):
+            total += sum(
+                len(p.text.encode("utf-8", "replace")) + 46 * p.text.count("\n") + (70 if p.level else 0)
+                for p in window.pieces
+            )
+    return total
 
 
 def level(value: float, full: float) -> int:
@@ -211,28 +279,55 @@ def window_of(
     title: str = "",
 ) -> Window:
     """Return the tokens within `width` of an example's peak, shaded relative to `full`. The BOS token is not shown."""
-    first = 0 if bos is None else 1
-    peak = example.peak
-    start, end = max(first, peak - width), min(len(ids), peak + width + 1)
     values = dict(zip(example.positions.tolist(), example.values.tolist(), strict=True))
+    return _window(example.context, values, example.peak, ids, words, width, full, bos, special, title)
+
+
+def silent_window(
+    silent: Silent,
+    ids: Sequence[int],
+    words: Vocabulary,
+    width: int,
+    bos: int | None,
+    special: frozenset[int] = frozenset(),
+    title: str = "",
+) -> Window:
+    """Return the tokens around the one to look at in a context without an activation."""
+    return _window(silent.context, {}, silent.position, ids, words, width, 0.0, bos, special, title)
+
+
+def _window(
+    context: int,
+    values: Mapping[int, float],
+    peak: int,
+    ids: Sequence[int],
+    words: Vocabulary,
+    width: int,
+    full: float,
+    bos: int | None,
+    special: frozenset[int],
+    title: str,
+) -> Window:
+    first = 0 if bos is None else 1
+    start, end = max(first, peak - width), min(len(ids), peak + width + 1)
     strings = _strings(words, ids, start, end, first)
     pieces: list[Piece] = []
     plain: list[str] = []
     for position, string in zip(range(start, end), strings, strict=True):
         value = values.get(position, 0.0)
         token = int(ids[position])
-        if value > 0 or token in special:
+        if value > 0 or token in special or position == peak:
             if plain:
                 pieces.append(Piece("".join(plain)))
                 plain = []
-            tip = f"{amount(value)} · position {position} · token {token}" if value > 0 else ""
+            tip = f"{amount(value)} · position {position} · token {token}"
             tip += "" if string else f" · {PART}"
             pieces.append(Piece(string, level(value, full), tip, position == peak, token in special))
         else:
             plain.append(string)
     if plain:
         pieces.append(Piece("".join(plain)))
-    return Window(example.context, tuple(pieces), start > first, end < len(ids), example.max, peak, title)
+    return Window(context, tuple(pieces), start > first, end < len(ids), max(values.values(), default=0.0), peak, title)
 
 
 def fold(windows: Sequence[Window]) -> tuple[Shown, ...]:
@@ -384,6 +479,18 @@ def _logits_chart(evidence: FeatureEvidence) -> Chart | None:
     return histogram(evidence.logits_histogram, low, high, "effect on the logit", "tokens", title)
 
 
+def _with_effects(shown: Sequence[Shown], measured: Mapping[tuple[int, int], EffectView]) -> tuple[Shown, ...]:
+    return tuple(replace(s, effect=measured.get((s.window.context, s.window.peak))) for s in shown)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _row(index: int, others: Mapping[int, FeatureRow]) -> FeatureRow:
+    return others.get(index) or FeatureRow(index, "", 0.0, 0.0, "", "")
+
+
 def _logits(ids: Ints, values: Floats, words: Vocabulary) -> tuple[Logit, ...]:
     full = float(np.abs(values).max()) if values.size else 0.0
     return tuple(
@@ -394,7 +501,7 @@ def _logits(ids: Ints, values: Floats, words: Vocabulary) -> tuple[Logit, ...]:
 
 def _neighbours(indices: Ints, values: Floats, others: Mapping[int, FeatureRow]) -> tuple[Neighbour, ...]:
     return tuple(
-        Neighbour(others.get(index) or FeatureRow(index, "", 0.0, 0.0, "", ""), float(value))
+        Neighbour(_row(index, others), float(value))
         for index, value in zip(indices.tolist(), values.tolist(), strict=True)
         if math.isfinite(value)
     )

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
-from fastapi import APIRouter, Form, Query, Request
+import numpy as np
+from fastapi import APIRouter, Depends, Form, Query, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import catalog, evidence, present
 from app.api.inputs import check_text
-from app.catalog import ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
+from app.catalog import Around, ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
 from app.corpora import Stream, tokens_dir
 from app.errors import AtlasError
 from app.evidence import FeatureEvidence
@@ -23,12 +27,22 @@ from app.present import FeatureView, ShadedToken, Width
 from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
-from app.web.pages import Config, Db, Gpu, partial, query, render
+from app.web.embed import SWITCHES, Embedded, embedded
+from app.web.pages import Config, Db, Gpu, base_of, partial, query, render
 from app.web.problems import Problem, of
 
 router = APIRouter()
 
 MAX_TEXT_IN_ADDRESS = 2000
+MAX_CHOICES = 60
+"""Sources offered by the page's selector."""
+MAX_WEIGHT = 38_000
+"""Bytes of examples on a page as it is first sent, which keeps it below 60 kB."""
+KEPT = frozenset({"width", "scale", "breaks", "evidence", "bands", *SWITCHES})
+"""What stays in the address when a text is tried."""
+
+Scale = Literal["feature", "example"]
+Breaks = Literal["shown", "real"]
 _ADDRESS = re.compile(r"https?://[^/\s]+/([\w.-]{1,200})/([\w.-]{1,200})/([0-9]{1,9})(?:[?#].*)?", re.ASCII)
 
 
@@ -58,30 +72,92 @@ class Try:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """How the page is to be shown. All of it stands in the address, and goes along to the next feature."""
+
+    width: Width = "16"
+    scale: Scale = "feature"
+    breaks: Breaks = "shown"
+    evidence: int | None = None
+    """Which harvest's evidence; None is the one the source shows by default."""
+    bands: Literal["", "all"] = ""
+    """`all` shows every band of activation at once, however long the page gets."""
+
+    def fields(self, **changes: Any) -> dict[str, Any]:
+        """Return what differs from the usual, by the names in addresses."""
+        usual, wanted = asdict(Choices()), asdict(self) | changes
+        return {k: v for k, v in wanted.items() if v != usual[k]}
+
+    def query(self, **changes: Any) -> str:
+        return query(self.fields(**changes))
+
+
+def _choices(
+    width: Width = "16",
+    scale: Scale = "feature",
+    breaks: Breaks = "shown",
+    evidence: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+    bands: Literal["", "all"] = "",
+) -> Choices:
+    return Choices(width, scale, breaks, evidence, bands)
+
+
+Chosen = Annotated[Choices, Depends(_choices)]
+
+
+@dataclass(frozen=True)
 class Examples:
-    """The examples' part of the page, at one width and one scale."""
+    """The examples' part of the page, as chosen."""
 
     path: str
     view: FeatureView | None
     harvest: HarvestCard | None
-    width: Width
-    scale: Literal["feature", "example"]
+    choices: Choices
+    others: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What else stands in the address and stays there: the switches of an embedded page."""
 
-    def link(self, **changes: str) -> str:
-        usual = {"width": "16", "scale": "feature"}
-        wanted = {"width": self.width, "scale": self.scale} | changes
-        return self.path + query({k: v for k, v in wanted.items() if v != usual[k]})
+    def link(self, **changes: Any) -> str:
+        return self.path + query({**self.choices.fields(**changes), **self.others})
+
+    @property
+    def first(self) -> tuple[int, int]:
+        """How many of the highest examples and how many bands are on the page as it is first sent.
+
+        The others follow when they are scrolled to: a dense feature shades so many tokens that all of them together
+        would be several times as long as any other page.
+        """
+        if self.view is None:
+            return 0, 0
+        left = MAX_WEIGHT - present.weight((*self.view.hard_negatives, *self.view.silent))
+        for i, example in enumerate(self.view.top):
+            left -= present.weight([example])
+            if left < 0:
+                return max(i, 1), 0
+        for i, group in enumerate(self.view.groups):
+            left -= present.weight(group.shown)
+            if left < 0:
+                return len(self.view.top), i
+        return len(self.view.top), len(self.view.groups)
+
+    @property
+    def rest(self) -> Literal["none", "later", "now"]:
+        """Whether there is more than that, and whether it is shown."""
+        if self.view is None or self.first == (len(self.view.top), len(self.view.groups)):
+            return "none"
+        return "now" if self.choices.bands == "all" else "later"
 
 
 @dataclass(frozen=True)
 class FeaturePage:
     record: FeatureRecord
-    explanations: tuple[ExplanationRow, ...]
+    around: Around
     view: FeatureView | None
     """None when no harvest has looked at this feature."""
     examples: Examples
     attempt: Try
-    last: int
+    choices: Choices
+    base: str = ""
+    """Scheme and host that the page was asked under, for addresses that others follow."""
 
     @property
     def source(self) -> SourceCard:
@@ -92,12 +168,43 @@ class FeaturePage:
         return self.record.feature
 
     @property
+    def explanations(self) -> tuple[ExplanationRow, ...]:
+        return self.around.explanations
+
+    @property
     def label(self) -> str:
         return self.record.feature.label
 
+    @property
+    def summary(self) -> str:
+        """What a link to the page says of it: how often it is active, and its strongest example."""
+        if self.view is None:
+            return "No evidence yet."
+        often = f"Active on {present.percent(self.view.density)} of tokens, up to {present.amount(self.view.max_act)}."
+        best = " ".join(self.view.top[0].window.text.split()) if self.view.top else ""
+        return f"{often} “{best[:240]}”" if best else often
+
     def sibling(self, step: int) -> str | None:
         index = self.record.feature.index + step
-        return f"{self.source.path}/{index}" if 0 <= index <= self.last else None
+        return self.at(index) if 0 <= index < self.source.d_sae else None
+
+    def at(self, index: int) -> str:
+        """Return the address of another feature of this source, shown as this one is."""
+        return f"{self.source.path}/{index}{self.choices.query(bands='')}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the model's sources to choose from: those nearest to this one, where there are very many."""
+        names = self.around.sources
+        here = names.index(self.source.name)
+        start = max(0, min(here - MAX_CHOICES // 2, len(names) - MAX_CHOICES))
+        return names[start : start + MAX_CHOICES]
+
+    @property
+    def config(self) -> tuple[tuple[str, str], ...]:
+        """The SAE's cfg.json in short; its page has all of it."""
+        plain = [(k, v) for k, v in self.source.config.items() if isinstance(v, str | int | float) and k != "metadata"]
+        return tuple((name, str(value)) for name, value in plain if str(value))[:16]
 
 
 @dataclass(frozen=True)
@@ -109,13 +216,30 @@ class ContextPage:
 
 
 @router.get("/{model}/{source}/jump")
-def jump(model: str, source: str, session: Db, to: Annotated[str, Query(max_length=500)] = "") -> Response:
-    """Go to an index of this source, or to a feature's address pasted from here or from Neuronpedia."""
+def jump(
+    model: str,
+    source: str,
+    session: Db,
+    chosen: Chosen,
+    to: Annotated[str, Query(max_length=500)] = "",
+    at: Annotated[str, Query(max_length=200)] = "",
+) -> Response:
+    """Go to an index of this source or of another one, or to an address pasted from here or from Neuronpedia.
+
+    `at` is a source of this model; `/` and a name is another model. Without an index one gets to their page.
+    """
     pasted = _ADDRESS.fullmatch(to.strip())
     if pasted:
         return RedirectResponse(f"/{pasted[1]}/{pasted[2]}/{pasted[3]}", 302)
-    found = catalog.source_card(session, model, source)
-    return RedirectResponse(f"{found.path}/{catalog.parse_index(to.strip())}", 302)
+    if at.startswith("/"):
+        return RedirectResponse(catalog.model_entry(session, at[1:]).path, 302)
+    moved = at not in ("", source)
+    found = catalog.source_card(session, model, at or source)
+    if moved and (not to.strip() or not catalog.parse_index(to.strip()) < found.d_sae):
+        return RedirectResponse(found.path, 302)
+    # Evidence is a source's own.
+    kept = chosen.query(evidence=None) if moved else chosen.query()
+    return RedirectResponse(f"{found.path}/{catalog.parse_index(to.strip())}{kept}", 302)
 
 
 @router.get("/{model}/{source}/{index}/vector.json")
@@ -131,8 +255,21 @@ def vector(model: str, source: str, index: str, session: Db, settings: Config) -
         "label": record.feature.label,
         "values": row.tolist(),
     }
-    name = f"{record.card.id}-{record.source.name}-{record.feature.index}.json"
-    return JSONResponse(body, headers={"content-disposition": f'attachment; filename="{name}"'})
+    return JSONResponse(body, headers=_download(record, "json"))
+
+
+@router.get("/{model}/{source}/{index}/vector.npy")
+def vector_as_array(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
+    """The feature's row of W_dec as numpy.load reads it: float32 [d_in]."""
+    record = catalog.feature_record(session, model, source, catalog.parse_index(index))
+    body = io.BytesIO()
+    np.save(body, decoder_row(settings, record.source.sae_hash, record.feature.index))
+    return Response(body.getvalue(), media_type="application/octet-stream", headers=_download(record, "npy"))
+
+
+def _download(record: FeatureRecord, kind: str) -> dict[str, str]:
+    name = f"{record.card.id}-{record.source.name}-{record.feature.index}.{kind}"
+    return {"content-disposition": f'attachment; filename="{name}"'}
 
 
 @router.get("/{model}/{source}/{index}")
@@ -143,15 +280,20 @@ def feature_page(
     index: str,
     session: Db,
     settings: Config,
+    chosen: Chosen,
+    switches: Embedded,
     text: Annotated[str, Query(max_length=50_000)] = "",
-    width: Width = "16",
-    scale: Literal["feature", "example"] = "feature",
 ) -> Response:
     number = catalog.parse_index(index)
     if source.isascii() and source.isdigit() and len(source) < 6:
         found = catalog.default_source(session, model, int(source))
         return RedirectResponse(f"{found.path}/{number}{query(dict(request.query_params))}", 302)
-    page = load(session, settings, model, source, number, text, width, scale)
+    page = load(session, settings, model, source, number, chosen, text or switches.defaulttesttext)
+    page = replace(page, base=base_of(request))
+    if switches.embed:
+        page = replace(page, examples=replace(page.examples, others=switches.fields))
+        if not partial(request):
+            return embedded(request, page, switches)
     if partial(request):
         return render(request, "_examples.html", page.examples)
     return render(request, "feature.html", page)
@@ -159,29 +301,37 @@ def feature_page(
 
 @router.get("/{model}/{source}/{index}/context/{context}")
 def context_page(
-    request: Request, model: str, source: str, index: str, context: str, session: Db, settings: Config
+    request: Request, model: str, source: str, index: str, context: str, session: Db, settings: Config, chosen: Chosen
 ) -> Response:
-    record = catalog.feature_record(session, model, source, catalog.parse_index(index))
+    record = catalog.feature_record(session, model, source, catalog.parse_index(index), chosen.evidence)
     unpacked = _evidence(record)
     wanted = catalog.parse_index(context)
-    examples = [*unpacked.top, *(e for i in unpacked.intervals for e in i.examples)] if unpacked else []
-    example = next((e for e in examples if e.context == wanted), None)
     reader = _reader(settings, record)
-    if example is None or reader is None or unpacked is None or record.harvest is None:
+    window = _whole(settings, record, unpacked, reader, wanted) if unpacked and reader else None
+    if window is None:
         raise catalog.NotInCatalog(f"Context {wanted} is no example of this feature.", [(record.path, "The feature")])
-    harvest = record.harvest
-    window = present.window_of(
-        example,
-        reader.context(wanted, harvest.context_size, harvest.bos_token_id),
-        catalog.vocabulary_of(settings, model),
-        present.WIDTHS["all"],
-        unpacked.max_act,
-        harvest.bos_token_id,
-        frozenset(record.card.special_token_ids),
-        reader.title(wanted, example.peak, harvest.context_size, harvest.bos_token_id),
-    )
     page = ContextPage(record.path, record.feature.index, window, window.title)
     return render(request, "_context.html" if partial(request) else "context.html", page)
+
+
+def _whole(
+    settings: Settings, record: FeatureRecord, unpacked: FeatureEvidence, reader: Stream, wanted: int
+) -> present.Window | None:
+    """Return a context from end to end, or None when it is no example, active or not, of the feature."""
+    assert record.harvest is not None
+    size, bos = record.harvest.context_size, record.harvest.bos_token_id
+    words, special = catalog.vocabulary_of(settings, record.card.id), frozenset(record.card.special_token_ids)
+    whole = present.WIDTHS["all"]
+    active = [*unpacked.top, *(e for i in unpacked.intervals for e in i.examples)]
+    example = next((e for e in active if e.context == wanted), None)
+    if example is not None:
+        ids, title = reader.context(wanted, size, bos), reader.title(wanted, example.peak, size, bos)
+        return present.window_of(example, ids, words, whole, unpacked.max_act, bos, special, title)
+    silent = next((s for s in (*unpacked.silent, *unpacked.hard_negatives) if s.context == wanted), None)
+    if silent is None:
+        return None
+    ids, title = reader.context(wanted, size, bos), reader.title(wanted, silent.position, size, bos)
+    return present.silent_window(silent, ids, words, whole, bos, special, title)
 
 
 @router.get("/{model}/{source}/{index}/try")
@@ -229,10 +379,16 @@ async def _try(
     headers = {}
     if partial(request):
         if text and len(text) <= MAX_TEXT_IN_ADDRESS and attempt.problem is None:
-            headers["hx-replace-url"] = record.path + query({"text": text})
+            headers["hx-replace-url"] = record.path + query({**_shown_with(request), "text": text})
         return render(request, "_try.html", attempt, headers=headers)
-    page = await run_in_threadpool(load, session, settings, model, source, number, "", "16", "feature", attempt)
+    page = await run_in_threadpool(load, session, settings, model, source, number, Choices(), "", attempt)
     return render(request, "feature.html", page, status=attempt.problem.status if attempt.problem else 200)
+
+
+def _shown_with(request: Request) -> dict[str, str]:
+    """Return what stands in the address of the page that asks, but for the text."""
+    asked = dict(parse_qsl(urlsplit(request.headers.get("hx-current-url", "")).query))
+    return {k: v for k, v in asked.items() if k in KEPT}
 
 
 async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord, text: str) -> Try:
@@ -267,25 +423,31 @@ def load(
     model: str,
     source: str,
     index: int,
-    text: str,
-    width: Width,
-    scale: Literal["feature", "example"],
+    chosen: Choices,
+    text: str = "",
     attempt: Try | None = None,
 ) -> FeaturePage:
     """Return everything the page shows, in two queries."""
-    record = catalog.feature_record(session, model, source, index)
+    record = catalog.feature_record(session, model, source, index, chosen.evidence)
     unpacked = _evidence(record)
-    others = [*unpacked.neighbours.tolist(), *unpacked.correlated.tolist()] if unpacked else []
-    explanations, rows = catalog.related(session, record.source, index, others)
-    view = _view(settings, record, unpacked, rows, width, scale == "example") if unpacked else None
+    around = catalog.around(session, record.source, index, _others(unpacked))
+    view = _view(settings, record, unpacked, around.rows, chosen) if unpacked else None
     return FeaturePage(
         record=record,
-        explanations=explanations,
+        around=around,
         view=view,
-        examples=Examples(record.path, view, record.harvest, width, scale),
+        examples=Examples(record.path, view, record.harvest, chosen),
         attempt=attempt or Try(record.path, text, pending=bool(text.strip())),
-        last=record.source.d_sae - 1,
+        choices=chosen,
     )
+
+
+def _others(unpacked: FeatureEvidence | None) -> list[int]:
+    """Return the features that a feature's evidence names."""
+    if unpacked is None:
+        return []
+    named = [silent.neighbour for silent in unpacked.hard_negatives if silent.neighbour is not None]
+    return [*unpacked.neighbours.tolist(), *unpacked.correlated.tolist(), *named]
 
 
 def _evidence(record: FeatureRecord) -> FeatureEvidence | None:
@@ -296,9 +458,8 @@ def _view(
     settings: Settings,
     record: FeatureRecord,
     unpacked: FeatureEvidence,
-    rows: dict[int, FeatureRow],
-    width: Width,
-    per_example: bool,
+    rows: Mapping[int, FeatureRow],
+    chosen: Choices,
 ) -> FeatureView:
     harvest, reader = record.harvest, _reader(settings, record)
     size, bos = (harvest.context_size, harvest.bos_token_id) if harvest else (0, None)
@@ -310,8 +471,9 @@ def _view(
         (lambda row, position: reader.title(row, position, size, bos)) if reader else None,
         bos=bos,
         special=frozenset(record.card.special_token_ids),
-        width=width,
-        per_example=per_example,
+        width=chosen.width,
+        per_example=chosen.scale == "example",
+        effects=evidence.unpack_effects(record.effects) if record.effects is not None else (),
     )
 
 

@@ -90,6 +90,11 @@ def partial(request: Request) -> bool:
     return request.headers.get("hx-request") == "true" and request.headers.get("hx-history-restore-request") != "true"
 
 
+def base_of(request: Request) -> str:
+    """Return scheme and host a page was asked under, for addresses that are followed from elsewhere."""
+    return f"{request.url.scheme}://{request.url.netloc}"
+
+
 class _Marks(dict[int, str]):
     """A translation table that names what would not be seen, filled as characters occur."""
 
