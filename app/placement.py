@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from app import present
 from app.catalog import SourceCard
 from app.errors import AtlasError
 from app.gpu import Worker
@@ -23,7 +24,7 @@ class Placement:
 
     @property
     def sentence(self) -> str:
-        size = f"{self.bytes / 2**20:,.1f} MiB in memory" if self.bytes else "its weights are gone from this machine"
+        size = f"{present.size(self.bytes)} in memory" if self.bytes else "its weights are gone from this machine"
         return f"{size}; {self.where}"
 
 

@@ -403,6 +403,16 @@ def density_chart(summary: Mapping[str, Any]) -> Chart | None:
     return replace(chart, ticks=ticks, zero=None)
 
 
+def size(n_bytes: int) -> str:
+    """Return bytes in the unit that gives them one to four digits."""
+    unit, scale = next(
+        (unit, scale)
+        for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+        if n_bytes >= scale / 2 or scale == 2**10
+    )
+    return f"{n_bytes / scale:,.1f} {unit}"
+
+
 def amount(value: float) -> str:
     """Return a number with the three digits that matter."""
     if not math.isfinite(value):

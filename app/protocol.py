@@ -79,6 +79,8 @@ class LoadRequest(Message):
 class Loading(Message):
     id: str
     bytes: int
+    loaded: int
+    """How many of the bytes are there already."""
     seconds: float
     """How long it has been loading."""
 

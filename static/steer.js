@@ -1,5 +1,7 @@
 // The steering page: chosen features, and the two texts of POST /api/steer as they grow.
 
+import { ready } from "./loading.js";
+
 const number = (input) => Number.parseFloat(input.value);
 
 export function mount() {
@@ -119,10 +121,11 @@ async function generate(root, form) {
   root.querySelector("[data-stop]").hidden = false;
   root.dataset.running = "yes";
   if (address(root, body).length < 4000) history.replaceState(null, "", address(root, body));
-  say("Waiting for the first token…");
-  const slow = setTimeout(() => say("Waiting for the first token… the model may have to be loaded first."), 1500);
   let n = 0;
   try {
+    const sources = body.features.map((feature) => feature.layer);
+    await ready(body.modelId, sources, root.querySelector("[data-loading]"), run.signal);
+    say("Waiting for the first token…");
     const response = await fetch("/api/steer", {
       method: "POST",
       headers: { "content-type": "application/json" },
@@ -131,7 +134,6 @@ async function generate(root, form) {
     });
     if (!response.ok) throw new Error((await response.json()).message);
     for await (const state of events(response.body)) {
-      clearTimeout(slow);
       if (state.error) throw new Error(state.error);
       show(root, body.prompt, state);
       n += 1;
@@ -143,7 +145,6 @@ async function generate(root, form) {
     if (error.name === "AbortError") say(`Stopped after ${n} tokens.`);
     else problem(root, error.message, say);
   } finally {
-    clearTimeout(slow);
     if (root.run === run) {
       root.querySelector("[data-stop]").hidden = true;
       delete root.dataset.running;

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import set_tqdm_hook
 
 from app.errors import BadInput
 from app.protocol import ModelCard
@@ -83,11 +86,21 @@ class LanguageModel:
         self._layout = layout
 
     @classmethod
-    def load(cls, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
-        """Load weights and tokenizer. Reads local safetensors only and runs no code of the model's."""
+    def load(
+        cls,
+        path: Path,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        loaded: Callable[[float], None] = lambda share: None,
+    ) -> LanguageModel:
+        """Load weights and tokenizer; `loaded` is told the share of the weights that is there, tensor by tensor.
+
+        Reads local safetensors only and runs no code of the model's.
+        """
         card = ModelCard.model_validate_json((path / "card.json").read_text())
         kept: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kept)
+        with _counted(path, loaded):
+            hf = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kept)
         tokenizer = AutoTokenizer.from_pretrained(path, **kept)
         return cls(card, hf.to(device).eval().requires_grad_(False), tokenizer, _layout(path))
 
@@ -315,6 +328,31 @@ def _attach(module: nn.Module, side: Side, edit: Edit) -> Any:
         return args, {**kwargs, "hidden_states": edited(kwargs["hidden_states"])}
 
     return module.register_forward_pre_hook(on_input, with_kwargs=True)
+
+
+@contextmanager
+def _counted(path: Path, loaded: Callable[[float], None]) -> Iterator[None]:
+    """Within the context transformers' progress bar over the tensors it loads tells their share of all bytes."""
+    sizes: dict[str, int] = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            sizes |= {name: prod(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+
+    def counting(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        done = 0
+        for name, mapping in tensors:
+            yield name, mapping
+            done += sizes.get(name, 0)
+            loaded(done / max(sum(sizes.values()), 1))
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return counting(args[0]) if kwargs.get("desc") == "Loading weights" else factory(*args, **kwargs)
+
+    before = set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def _layout(path: Path) -> Layout:

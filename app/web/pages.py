@@ -63,6 +63,7 @@ class Pages:
         self.env.filters |= {
             "amount": present.amount,
             "percent": present.percent,
+            "bytes": present.size,
             "shown": shown,
             "chip": chip,
             "token": token,

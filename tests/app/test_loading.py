@@ -56,13 +56,28 @@ def until(client: TestClient, path: str, sign: str, **data: str) -> str:
 def test_a_page_says_what_is_loading_and_goes_on(cold: TestClient, path: str, sign: str, trigger: str) -> None:
     assert "not loaded; the gpu worker loads it when it is first asked" in cold.get("/tiny/1-topk/memory").text
     first = cold.post(path, data={"text": "the cat sat"}, headers=HTMX).text
-    assert "Loading <strong>tiny</strong>" in first
+    assert re.search(r'Loading <strong>tiny</strong> <progress max="\d+" value="\d+"', first), first
+    assert "of 121.0 KiB" in first
     assert f'hx-trigger="{trigger}"' in first
     began = time.monotonic()
     assert cold.get("/tiny/1-topk/memory").status_code == 200
     assert time.monotonic() - began < 2, "loading must not stall other requests"
     assert trigger not in until(cold, path, sign, text="the cat sat")
-    assert re.search(r"[\d.]+ MiB in memory; loaded in the gpu worker on cpu", cold.get("/tiny/1-topk/memory").text)
+    assert re.search(r"[\d.]+ KiB in memory; loaded in the gpu worker on cpu", cold.get("/tiny/1-topk/memory").text)
+
+
+def test_a_page_that_streams_asks_what_is_loading_until_nothing_is(cold: TestClient) -> None:
+    asked = "/tiny/loading?source=1-topk&source=1-std"
+    first = cold.post(asked, headers=HTMX)
+    assert first.status_code == 200
+    assert first.text.count("<progress") == 3
+    deadline = time.monotonic() + 60
+    while cold.post(asked, headers=HTMX).status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert cold.post(asked, headers=HTMX).status_code == 204
+    assert cold.post("/tiny/loading?source=9-none", headers=HTMX).status_code == 404
+    assert cold.post("/none/loading").status_code == 404
 
 
 def test_the_api_waits_for_the_loading_instead(cold: TestClient) -> None:
@@ -73,5 +88,5 @@ def test_the_api_waits_for_the_loading_instead(cold: TestClient) -> None:
 def test_without_a_worker_the_page_says_so_and_the_size_is_still_known(cold: TestClient) -> None:
     cold.app_state["worker"].stop()  # pyright: ignore[reportIndexIssue]
     text = cold.get("/tiny/1-topk/memory").text
-    assert re.search(r"0\.0 MiB in memory; the gpu worker does not answer", text)
+    assert re.search(r"[\d.]+ KiB in memory; the gpu worker does not answer", text)
     assert cold.get("/tiny/1-topk").status_code == 200

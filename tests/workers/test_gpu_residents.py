@@ -16,8 +16,9 @@ import torch
 from app.errors import BadFile, NotFound, TooLarge, Unavailable
 from app.protocol import ModelRef, SaeRef
 from tests.tiny import D_IN, D_SAE, Tiny
+from workers.checkpoints import Loaded
 from workers.gpu import residents as residents_module
-from workers.gpu.residents import Residents, weight_bytes
+from workers.gpu.residents import LanguageModel, Residents, weight_bytes
 
 SAE_BYTES = 4 * (2 * D_IN * D_SAE + D_IN + D_SAE)
 
@@ -178,9 +179,10 @@ def test_loading_may_be_begun_and_looked_at_without_waiting(tiny: Tiny, monkeypa
     begin = threading.Event()
     slow = Residents._load_model
 
-    def waits(self: Residents, path: Path) -> Any:
+    def waits(self: Residents, path: Path, loaded: Loaded) -> Any:
+        loaded(0.25)
         begin.wait(20)
-        return slow(self, path)
+        return slow(self, path, loaded)
 
     monkeypatch.setattr(Residents, "_load_model", waits)
 
@@ -188,6 +190,8 @@ def test_loading_may_be_begun_and_looked_at_without_waiting(tiny: Tiny, monkeypa
         residents = Residents("cpu", torch.float32, 10**9)
         first = await residents.load(tiny.model, [tiny.topk], 0.05)
         assert [(item.id, item.bytes > 0) for item in first] == [("tiny", True), ("tiny/1-topk", True)]
+        assert first[0].loaded == first[0].bytes // 4
+        assert first[1].loaded == 0
         again = await residents.load(tiny.model, [tiny.topk], 0.05)
         assert again[0].seconds >= first[0].seconds
         begin.set()
@@ -210,6 +214,17 @@ def test_a_loading_that_failed_unseen_is_told_once_to_who_asks_next(tiny: Tiny, 
             await until_loaded(residents, tiny.model, bad)
 
     run(test)
+
+
+def test_the_share_that_is_loaded_grows_to_the_whole(tiny: Tiny) -> None:
+    model: list[float] = []
+    sae: list[float] = []
+    LanguageModel.load(Path(tiny.model.path), loaded=model.append)
+    residents_module.load_sae(Path(tiny.topk.path), loaded=sae.append)
+    for shares in (model, sae):
+        assert len(shares) > 3
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1)
 
 
 async def until_loaded(residents: Residents, model: ModelRef, sae: SaeRef) -> None:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from app import log
 from app.errors import NotFound, TooLarge, Unavailable
 from app.protocol import Loading, ModelRef, Resident, SaeRef
-from workers.checkpoints import load_sae
+from workers.checkpoints import Loaded, load_sae
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
 
@@ -39,7 +40,9 @@ class _Entry:
     id: str
     nbytes: int
     """An estimate from the file until it is loaded."""
-    ready: asyncio.Future[Any]
+    ready: asyncio.Future[Any] = field(init=False)
+    share: float = 0.0
+    """How much of it is in memory; written by the thread that loads."""
     users: int = 0
     began: float = field(default_factory=time.monotonic)
 
@@ -104,7 +107,10 @@ class Residents:
             ready.result()
         now = time.monotonic()
         waiting = [entry for entry in entries if not entry.ready.done()]
-        return [Loading(id=e.id, bytes=e.nbytes, seconds=round(now - e.began, 1)) for e in waiting]
+        return [
+            Loading(id=e.id, bytes=e.nbytes, loaded=int(e.nbytes * e.share), seconds=round(now - e.began, 1))
+            for e in waiting
+        ]
 
     @contextmanager
     def _use(self, path: str, kind: Literal["model", "sae"], name: str) -> Iterator[Awaitable[Any]]:
@@ -129,7 +135,8 @@ class Residents:
         nbytes = weight_bytes(directory, self.dtype if kind == "model" else SAE_DTYPE)
         self._make_room(name, nbytes)
         load = self._load_model if kind == "model" else self._load_sae
-        entry = _Entry(kind, name, nbytes, asyncio.ensure_future(self._load(path, load)))
+        entry = _Entry(kind, name, nbytes)
+        entry.ready = asyncio.ensure_future(self._load(path, load, partial(setattr, entry, "share")))
         entry.ready.add_done_callback(lambda _: None if self._entries.get(path) is not entry else self._loaded(path))
         self._entries[path] = entry
         return entry
@@ -154,13 +161,15 @@ class Residents:
             if self.device == "cuda":
                 torch.cuda.empty_cache()
 
-    async def _load(self, path: str, load: Callable[[Path], LanguageModel | Coder]) -> LanguageModel | Coder:
+    async def _load(
+        self, path: str, load: Callable[[Path, Loaded], LanguageModel | Coder], loaded: Loaded
+    ) -> LanguageModel | Coder:
         # A thread that ends with the loading takes its OpenMP threads with it. Were they kept, there would be more of
         # them than cores, and OpenMP then lets waiting threads sleep at once: a prompt would take 85 ms, not 60.
         async with self._loading:
             loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
             try:
-                return await asyncio.get_running_loop().run_in_executor(loader, load, Path(path))
+                return await asyncio.get_running_loop().run_in_executor(loader, load, Path(path), loaded)
             finally:
                 loader.shutdown(wait=False)
 
@@ -175,11 +184,11 @@ class Residents:
         entry.nbytes = entry.ready.result().nbytes
         logger.info("loaded", id=entry.id, bytes=entry.nbytes)
 
-    def _load_model(self, path: Path) -> LanguageModel:
-        return LanguageModel.load(path, device=self.device, dtype=self.dtype)
+    def _load_model(self, path: Path, loaded: Loaded) -> LanguageModel:
+        return LanguageModel.load(path, device=self.device, dtype=self.dtype, loaded=loaded)
 
-    def _load_sae(self, path: Path) -> Coder:
-        return load_sae(path, device=self.device, dtype=SAE_DTYPE)
+    def _load_sae(self, path: Path, loaded: Loaded) -> Coder:
+        return load_sae(path, device=self.device, dtype=SAE_DTYPE, loaded=loaded)
 
 
 def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
