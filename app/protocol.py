@@ -176,7 +176,8 @@ class Target(Message):
     """A logit at a position, or the difference of two."""
 
     position: int
-    token: int
+    token: int | None
+    """None means the likeliest next token."""
     against: int | None = None
 
 
@@ -198,6 +199,7 @@ class AttributeReply(Message):
     """Terms of the (uncapped) logit: features + rest + bias + error + elsewhere + constant = logit."""
 
     ids: list[int]
+    token: int
     logit: float
     """Of the token, less that of `against`; before a cap on logits, and in float32."""
     capped: float

@@ -326,6 +326,20 @@ class Beat(Table):
     job_id: Mapped[int | None]
 
 
+class PromptRun(Table):
+    """A prompt kept under an address: what was asked, and of which weights."""
+
+    __tablename__ = "prompt_runs"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
+    request: Mapped[Payload]
+    """The page's parameters: {name: [values]}."""
+    hashes: Mapped[Payload]
+    """{source name: hash of its weights} at the time."""
+    created_at: Mapped[Moment]
+
+
 class SteeringRun(Table):
     """A finished steering run, so that its address replays it."""
 

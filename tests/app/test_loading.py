@@ -49,7 +49,7 @@ def until(client: TestClient, path: str, sign: str, **data: str) -> str:
 @pytest.mark.parametrize(
     ("path", "sign", "trigger"),
     [
-        ("/tiny/1-topk/prompt", 'class="window tokens"', "every 1s, submit"),
+        ("/tiny/prompt?sae=1-topk", 'class="window tokens"', "every 1s, submit"),
         ("/tiny/1-topk/3/try", 'class="answer"', "submit, every 1s"),
     ],
 )

@@ -151,7 +151,7 @@ def test_without_a_worker_the_page_stays_and_the_box_says_what_happened(client: 
 
 
 def test_without_a_worker_the_prompt_page_keeps_the_text(client: TestClient) -> None:
-    page = client.get("/tiny/1-demo/prompt", params={"text": "hello there"})
+    page = client.get("/tiny/prompt", params={"text": "hello there", "sae": "1-demo"})
     assert page.status_code == 503
     assert ">hello there</textarea>" in page.text
     assert "gpu worker" in page.text

@@ -53,6 +53,8 @@ SEGMENTS = [
         "/tiny/{}/1",
         "/tiny/1-demo/{}",
         "/tiny/{}/prompt",
+        "/{}/prompt",
+        "/tiny/prompt/{}",
         "/{}/steer",
         "/tiny/steer/{}",
         "/jobs/{}",
@@ -128,7 +130,7 @@ def test_odd_searches_are_answered(client: TestClient, q: str) -> None:
     assert "<script>" not in answer.text.replace("<script src", "")
 
 
-@pytest.mark.parametrize("path", ["/tiny/1-demo/4/try", "/tiny/1-demo/prompt"])
+@pytest.mark.parametrize("path", ["/tiny/1-demo/4/try", "/tiny/prompt"])
 @pytest.mark.parametrize(
     ("text", "status"),
     [("", 200), ("   ", 200), ("\0", 503), ("<|endoftext|>", 503), ("x" * 1_000_000, 422), ("\u202e", 503)],

@@ -95,6 +95,7 @@ def direction(language: LanguageModel, r: Float[Tensor, " d_model"], target: Tar
 def _unembedding_row(language: LanguageModel, target: Target) -> tuple[Float[Tensor, " d_model"], float]:
     W_U, head = language.unembedding(), language.hf.get_output_embeddings()
     biases = getattr(head, "bias", None)
+    assert target.token is not None
     row, bias = W_U[target.token].float(), float(biases[target.token]) if biases is not None else 0.0
     if target.against is not None:
         row = row - W_U[target.against].float()
@@ -108,6 +109,8 @@ def attribute(language: LanguageModel, coder: Coder, ids: list[int], target: Tar
     check_direct(language, coder)
     tensor, p = torch.tensor([ids], device=language.device), target.position
     x, y, r = _at_hooks_and_end(language, coder, tensor)
+    normed = language.final_norm()(r[None, p : p + 1])[0, 0]
+    target = settled(language, normed, target)
     found = direction(language, r[p], target)
     into = _into_stream(language, coder, y[p])
     u = found.u if into is None else into(found.u)
@@ -122,11 +125,11 @@ def attribute(language: LanguageModel, coder: Coder, ids: list[int], target: Tar
     ]
     whole = float(y[p].float() @ u)
     pieces = float(values.sum())
-    capped = _value(language, language.final_norm()(r[None, p : p + 1])[0, 0], target)
     return AttributeReply(
         ids=ids,
+        token=target.token,
         logit=found.logit,
-        capped=float(capped),
+        capped=float(_value(language, normed, target)),
         features=features,
         rest=pieces - sum(f.value for f in features),
         n_rest=len(values) - len(features),
@@ -135,6 +138,13 @@ def attribute(language: LanguageModel, coder: Coder, ids: list[int], target: Tar
         elsewhere=float(r[p].float() @ found.u) - whole,
         constant=found.constant,
     )
+
+
+def settled(language: LanguageModel, normed: Float[Tensor, " d_model"], target: Target) -> Target:
+    """Return the target with the likeliest token where none was named."""
+    if target.token is not None:
+        return target
+    return target.model_copy(update={"token": int(language.unembed(normed).argmax())})
 
 
 def check_direct(language: LanguageModel, coder: Coder) -> None:
@@ -243,6 +253,10 @@ def ablate(
 ) -> AblateReply:
     """Run the model with one feature's writing taken out, and hold the change against both estimates of it."""
     tensor = torch.tensor([ids], device=language.device)
+    if target.token is None:  # the same token in all runs
+        with torch.inference_mode():
+            normed = language.body(input_ids=tensor, use_cache=False).last_hidden_state[0, target.position]
+        target = settled(language, normed, target)
     _, x, slope = _slopes(language, coder, tensor, target)
     where = torch.arange(len(ids), device=x.device) if position is None else torch.tensor([position], device=x.device)
     with torch.inference_mode():
@@ -294,6 +308,7 @@ def _run(language: LanguageModel, ids: Tensor, edits: dict[str, Edit], target: T
 
 def _value(language: LanguageModel, normed: Float[Tensor, " d_model"], target: Target) -> Float[Tensor, ""]:
     logits = language.unembed(normed).float()
+    target = settled(language, normed.detach(), target)
     return logits[target.token] if target.against is None else logits[target.token] - logits[target.against]
 
 
