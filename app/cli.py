@@ -44,7 +44,7 @@ from app.gpu import Worker
 from app.model_kwargs import CENTRED, KEY
 from app.placement import placement
 from app.settings import Settings
-from app.specs import HarvestSpec, TrainSpec
+from app.specs import HarvestSpec, MapSpec, MatchSpec, TrainSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
 
@@ -502,19 +502,77 @@ def train(
 
 @app.command()
 def harvest(
-    source: ModelSource,
+    sources: Annotated[list[str], typer.Argument(help="SAEs of one model, each as MODEL/SOURCE: one pass for all.")],
     corpus: Annotated[str, typer.Option(help="Corpus in the catalog.")],
     tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1_000)] = 1_000_000,
+    context_size: Annotated[int, typer.Option(help="Tokens the model sees at once; 0 as the SAE's config says.")] = 0,
+    effects: Annotated[int, typer.Option(help="Top examples of a feature whose causal effect is measured.")] = 5,
+    keep: Annotated[bool, typer.Option(help="Keep the sparse activations, so that more tokens can follow.")] = False,
     watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
 ) -> None:
-    """Queue the computation of evidence for every feature of an SAE."""
+    """Queue the computation of evidence for every feature of some SAEs of one model."""
+    pairs = [_model_source(source) for source in sources]
+    if len({model for model, _ in pairs}) > 1:
+        raise BadInput("One harvest reads one model; harvest SAEs of different models apart.")
+    with _session(Settings()) as session:
+        cards = [catalog.source_card(session, *pair) for pair in pairs]
+        model = catalog.model_entry(session, pairs[0][0]).card
+        asked = HarvestSpec.model_validate(
+            {
+                "model": pairs[0][0],
+                "sources": [name for _, name in pairs],
+                "corpus": corpus,
+                "n_tokens": tokens,
+                "context_size": context_size or _context_size(cards, model.n_ctx),
+                "n_effects": effects,
+                "keep_activations": keep,
+            }
+        )
+        title = f"Harvest {', '.join(sources)} from {corpus}"
+        corpora.corpus_named(session, corpus)
+        job_id = jobs.submit(session, Settings(), "harvest", title, asked.model_dump(mode="json")).id
+    _queued(job_id, title, watch)
+
+
+def _context_size(cards: list[catalog.SourceCard], most: int) -> int:
+    """The context size that the SAEs' configs name, where they agree; 128 where none does."""
+    sizes = {size for card in cards if isinstance(size := card.config.get("metadata", {}).get("context_size"), int)}
+    if len(sizes) > 1:
+        raise BadInput(
+            f"The SAEs were trained on contexts of {' and '.join(map(str, sorted(sizes)))} tokens; choose one with "
+            "--context-size."
+        )
+    return min(max(next(iter(sizes), 128), 8), 4096, most)
+
+
+@app.command("map")
+def draw_map(
+    source: ModelSource, watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False
+) -> None:
+    """Queue the drawing of a 2-D map of an SAE's decoder directions."""
     model_id, name = _model_source(source)
-    asked = HarvestSpec.model_validate({"model": model_id, "source": name, "corpus": corpus, "n_tokens": tokens})
-    title = f"Harvest {source} from {corpus}"
+    asked = MapSpec(model=model_id, source=name)  # pyright: ignore[reportCallIssue]
     with _session(Settings()) as session:
         catalog.source_card(session, model_id, name)
-        corpora.corpus_named(session, corpus)
-        job_id = jobs.submit(session, Settings(), "harvest", title, asked.model_dump()).id
+        title = f"Draw the map of {source}"
+        job_id = jobs.submit(session, Settings(), "map", title, asked.model_dump(mode="json")).id
+    _queued(job_id, title, watch)
+
+
+@app.command()
+def match(
+    source: ModelSource,
+    other: Annotated[str, typer.Argument(help="Another SAE of the same model, as SOURCE.")],
+    watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
+) -> None:
+    """Queue the search for each feature's nearest features in another SAE of the same model, both ways."""
+    model_id, name = _model_source(source)
+    asked = MatchSpec(model=model_id, source=name, other=other)  # pyright: ignore[reportCallIssue]
+    with _session(Settings()) as session:
+        for one in (name, other):
+            catalog.source_card(session, model_id, one)
+        title = f"Match {source} with {other}"
+        job_id = jobs.submit(session, Settings(), "match", title, asked.model_dump(mode="json")).id
     _queued(job_id, title, watch)
 
 

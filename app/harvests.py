@@ -12,12 +12,14 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
+from app import corpora, matches
 from app import evidence as blobs
-from app import matches
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
+from app.labels import Text, row_of
 from app.settings import Settings
-from app.tables import Evidence, Explanation, Feature, FeatureMap, Harvest, Model, Source
+from app.tables import Corpus, Evidence, Explanation, Feature, FeatureMap, Harvest, HarvestState, Model, Source
+from app.tokens import vocabulary
 from app.weights import SaeFacts, store_sae
 
 HEURISTIC = "heuristic"
@@ -173,6 +175,42 @@ def record(
     if shown:
         session.execute(update(Source).where(Source.id == source.id).values(harvest_id=harvest.id))
     return harvest
+
+
+def complete_from(session: Session, source: Source, corpus_id: int) -> bool:
+    """Tell whether a source has complete evidence from a corpus."""
+    complete = (Harvest.corpus_id == corpus_id) & (Harvest.state == HarvestState.COMPLETE)
+    return session.scalar(select(Harvest.id).where(Harvest.source_id == source.id, complete).limit(1)) is not None
+
+
+def show(session: Session, settings: Settings, source: Source, harvest_id: int) -> None:
+    """Make one of a source's harvests the evidence shown by default, and write the rows of its features from it.
+
+    Raises NotFound when the source has no such harvest, or the corpus' tokens are not on this machine.
+    """
+    harvest = session.get(Harvest, harvest_id)
+    if harvest is None or harvest.source_id != source.id:
+        raise NotFound(f"{source.model_id}/{source.name} has no evidence {harvest_id}.")
+    corpus = session.get_one(Corpus, harvest.corpus_id)
+    tokens = corpora.tokens_dir(settings, corpus.hash, harvest.tokenizer_hash)
+    if not tokens.is_dir():
+        raise NotFound(
+            f"The tokens of corpus {corpus.name!r} are not on this machine: labels cannot be made from them."
+        )
+    words = vocabulary(settings.model_dir(source.model_id) / "vocabulary.json")
+    text = Text(corpora.Stream.open(tokens), words, harvest.context_size, harvest.bos_token_id)
+    _clear_rows(session, source)
+    labels = _human_labels(session, source)
+    blobs_of = select(Evidence.index, Evidence.blob).where(Evidence.harvest_id == harvest_id).order_by(Evidence.index)
+    rows = session.execute(blobs_of).all()
+    for part in _chunks(_rebuilt(index, blob, text) for index, blob in rows):
+        _write_rows(session, source, part, labels)
+    session.execute(update(Source).where(Source.id == source.id).values(harvest_id=harvest_id))
+
+
+def _rebuilt(index: int, blob: bytes, text: Text) -> FeatureRecord:
+    found = blobs.unpack(blob)
+    return FeatureRecord(index, found, *row_of(found, text))
 
 
 def _clear_rows(session: Session, source: Source) -> None:

@@ -57,14 +57,24 @@ def cancel(session: Session, job_id: int) -> Job:
     return get(session, job_id)
 
 
+def pause(session: Session, job_id: int) -> Job:
+    """Stop a job so that it can be resumed: at once when queued, at its next report when it runs."""
+    waiting = update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED)
+    session.execute(waiting.values(state=JobState.PAUSED, status="Paused before it started", ended_at=now()))
+    running = update(Job).where(Job.id == job_id, Job.state == JobState.RUNNING)
+    session.execute(running.values(pause_requested=True))
+    session.expire_all()
+    return get(session, job_id)
+
+
 def resume(session: Session, job_id: int) -> Job:
-    """Queue a failed or cancelled job again; it goes on after the last step that was done."""
+    """Queue a failed, cancelled or paused job again; it goes on after the last step that was done."""
     job = get(session, job_id)
-    if job.state not in (JobState.FAILED, JobState.CANCELLED):
-        raise Conflict(f"Job {job_id} is {job.state}; only a failed or cancelled job can be resumed.")
+    if job.state not in (JobState.FAILED, JobState.CANCELLED, JobState.PAUSED):
+        raise Conflict(f"Job {job_id} is {job.state}; only a failed, cancelled or paused job can be resumed.")
     job.state = JobState.QUEUED
     job.workflow_id = ""
-    job.cancel_requested = False
+    job.cancel_requested = job.pause_requested = False
     job.error = ""
     job.status = "Queued again"
     job.ended_at = None

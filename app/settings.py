@@ -123,5 +123,8 @@ class Settings(BaseSettings):
     def corpus_dir(self, corpus_hash: str) -> Path:
         return self.data_dir / "corpora" / corpus_hash
 
+    def activations_dir(self, key: str) -> Path:
+        return self.data_dir / "activations" / key
+
     def job_dir(self, job_id: int) -> Path:
         return self.data_dir / "jobs" / str(job_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,10 +12,14 @@ class Spec(BaseModel):
 
 
 class HarvestSpec(Spec):
-    """Compute the evidence of every feature of one SAE from one corpus."""
+    """Compute the evidence of every feature of some SAEs of one model from one corpus, in one pass of the model."""
 
     model: str = Field(description="Model id in the catalog.")
-    source: str = Field(description="Source id in that model, such as 12-demo.")
+    sources: tuple[str, ...] = Field(
+        min_length=1,
+        max_length=64,
+        description="Source ids in that model, such as 12-demo; `source` names a single one.",
+    )
     corpus: str = Field(description="Corpus in the catalog.")
     n_tokens: int = Field(
         1_000_000, ge=1_000, description="Tokens to read, from the corpus' start; first positions extra."
@@ -25,7 +29,49 @@ class HarvestSpec(Spec):
     n_per_interval: int = Field(
         5, ge=0, le=20, description="Examples sampled for each of the five activation intervals."
     )
-    seed: int = Field(0, ge=0, description="Seed of the interval samples.")
+    n_silent: int = Field(5, ge=0, le=20, description="Contexts without an activation, drawn at random.")
+    n_hard: int = Field(5, ge=0, le=20, description="Hard negatives: silent contexts near the positives.")
+    n_effects: int = Field(
+        5, ge=0, le=100, description="Top examples whose causal effect is measured; 0 measures none."
+    )
+    keep_activations: bool = Field(
+        False, description="Keep the sparse activations, 8 bytes each, so that a longer harvest reads only what is new."
+    )
+    draw_map: bool = Field(True, description="Queue a 2-D map of the decoder directions where there is none yet.")
+    seed: int = Field(0, ge=0, description="Seed of the samples and of the map.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "source" in given:
+            rest = {key: value for key, value in cast(dict[str, Any], given).items() if key != "source"}
+            return {**rest, "sources": (given["source"],)}
+        return cast(Any, given)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> HarvestSpec:
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError("a source is named twice")
+        return self
+
+
+class MapSpec(Spec):
+    """Draw the decoder directions of an SAE on a plane, near ones close together, and name the clusters."""
+
+    model: str = Field(description="Model id in the catalog.")
+    source: str = Field(description="Source id in that model, such as 12-demo.")
+    n_neighbors: int = Field(15, ge=2, le=200, description="Neighbours of a feature that UMAP keeps close.")
+    min_dist: float = Field(0.05, ge=0, le=1, description="How close UMAP may pack features.")
+    seed: int = Field(0, ge=0, description="The same seed draws the same map.")
+
+
+class MatchSpec(Spec):
+    """Find the nearest features of one SAE in another of the same model, by cosine of decoder rows, both ways."""
+
+    model: str = Field(description="Model id in the catalog.")
+    source: str = Field(description="Source id in that model, such as 12-demo.")
+    other: str = Field(description="Another source id in that model with the same width.")
+    n: int = Field(10, ge=1, le=100, description="Nearest features kept of each.")
 
 
 class ValidateSpec(Spec):

@@ -43,6 +43,7 @@ class JobCard:
     created: str
     took: str
     cancelling: bool
+    pausing: bool
 
     @property
     def path(self) -> str:
@@ -54,7 +55,7 @@ class JobCard:
 
     @property
     def resumable(self) -> bool:
-        return self.state in (JobState.FAILED, JobState.CANCELLED)
+        return self.state in (JobState.FAILED, JobState.CANCELLED, JobState.PAUSED)
 
     @property
     def percent(self) -> int:
@@ -100,6 +101,14 @@ def job_page(request: Request, job_id: str, session: Db) -> Response:
 def cancel(request: Request, job_id: str, session: Db) -> Response:
     number = parse_index(job_id)
     jobs.cancel(session, number)
+    session.commit()
+    return _after(request, session, number)
+
+
+@router.post("/jobs/{job_id}/pause")
+def pause(request: Request, job_id: str, session: Db) -> Response:
+    number = parse_index(job_id)
+    jobs.pause(session, number)
     session.commit()
     return _after(request, session, number)
 
@@ -167,6 +176,7 @@ def _card(job: Job) -> JobCard:
         created=job.created_at.strftime("%Y-%m-%d %H:%M UTC"),
         took=_span(job.started_at, job.ended_at),
         cancelling=job.cancel_requested and job.state == JobState.RUNNING,
+        pausing=job.pause_requested and job.state == JobState.RUNNING,
     )
 
 

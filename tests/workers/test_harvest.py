@@ -11,16 +11,16 @@ import pytest
 import torch
 from sqlalchemy import select
 
-from app import corpora, db, evidence, harvests, weights
+from app import corpora, db, evidence, harvests, labels, weights
 from app.errors import Conflict
 from app.settings import Settings
 from app.specs import HarvestSpec
+from app.spill import Spill, write
 from app.tables import Evidence, Feature, Job, Model, Source
 from tests.tiny import TEXT, Tiny
 from workers import activations
-from workers.trainer import assemble, explain, harvest
+from workers.trainer import assemble, harvest
 from workers.trainer.kinds import JobContext
-from workers.trainer.spill import Spill, write
 
 CONTEXT = 9
 
@@ -84,7 +84,7 @@ def test_an_sae_trained_without_a_first_token_is_harvested_without_it(job: JobCo
     metadata = {**reading.coder.config["metadata"], "prepend_bos": False}
     coder = dataclasses.replace(reading.coder, config={**reading.coder.config, "metadata": metadata})
     bare = dataclasses.replace(reading, coder=coder)
-    _, (latents, tokens, values) = next(harvest.sparse_activations(bare, np.arange(2)))
+    _, [(latents, tokens, values)] = next(harvest.sparse_activations([bare], np.arange(2)))
     ids = torch.from_numpy(reading.stream.tokens[: 2 * CONTEXT].astype(np.int64)).reshape(2, CONTEXT)
     x = reading.model.read(ids, [coder.hook_name])[coder.hook_name]
     expected = coder.encode(x.flatten(0, 1)).numpy()
@@ -242,4 +242,4 @@ def test_correlation_of_a_thinned_corpus_stays_close(tmp_path: Path, monkeypatch
 def test_labels_say_what_they_were_made_from(
     peaks: list[str], before: list[str], promoted: list[str], label: str
 ) -> None:
-    assert explain.heuristic_label(peaks, before, promoted).startswith(label)
+    assert labels.heuristic_label(peaks, before, promoted).startswith(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,7 +81,7 @@ def test_decoder_rows_keep_norm_one_and_gradients_stay_orthogonal() -> None:
 
 def test_logit_effects_equal_a_loop_over_the_vocabulary() -> None:
     rows, unembedding, weight = random(3, D_IN), random(12, D_IN, seed=3), random(D_IN, seed=9)
-    effects = logit_effects(rows, fold_final_norm(unembedding, weight, centred=False), n=4)
+    effects = logit_effects(fold_final_norm(rows, weight, centred=False), unembedding, n=4)
     for row in range(3):
         each = [float((rows[row] * weight) @ unembedding[t]) for t in range(12)]
         order = sorted(range(12), key=lambda t: -each[t])
@@ -88,13 +89,18 @@ def test_logit_effects_equal_a_loop_over_the_vocabulary() -> None:
         assert effects.bottom_ids[row].tolist() == order[::-1][:4]
         assert int(effects.histogram[row].sum()) == 12
         assert float(effects.high[row]) == pytest.approx(max(each), abs=1e-6)
+        z = (np.array(each) - np.mean(each)) / np.std(each)
+        assert float(effects.mean[row]) == pytest.approx(np.mean(each), abs=1e-5)
+        assert float(effects.deviation[row]) == pytest.approx(np.std(each), abs=1e-5)
+        assert float(effects.skew[row]) == pytest.approx((z**3).mean(), abs=1e-4)
+        assert float(effects.kurtosis[row]) == pytest.approx((z**4).mean(), abs=1e-4)
 
 
 def test_a_layernorm_takes_the_mean_out_of_the_direction() -> None:
     rows, unembedding, weight = random(3, D_IN), random(12, D_IN, seed=3), random(D_IN, seed=9)
-    folded = fold_final_norm(unembedding, weight, centred=True)
-    centred = (rows - rows.mean(-1, keepdim=True)) * weight
-    torch.testing.assert_close(rows @ folded.T, centred @ unembedding.T)
+    by_token = unembedding * weight
+    by_token -= by_token.mean(dim=-1, keepdim=True)
+    torch.testing.assert_close(fold_final_norm(rows, weight, centred=True) @ unembedding.T, rows @ by_token.T)
 
 
 def test_nearest_rows_leave_out_the_row_itself() -> None:

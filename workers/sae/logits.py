@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 N_BINS = 50
+EFFECT_BYTES = 64 * 2**20
+"""Most memory that effects on the whole vocabulary take at once; about four times that with what is made of them."""
 
 
 class LogitEffects(NamedTuple):
@@ -23,34 +25,54 @@ class LogitEffects(NamedTuple):
     high: Float[Tensor, " latent"]
     histogram: Int[Tensor, "latent bins"]
     """Counts of vocabulary tokens in equal bins over [low, high]."""
+    mean: Float[Tensor, " latent"]
+    deviation: Float[Tensor, " latent"]
+    """Over N."""
+    skew: Float[Tensor, " latent"]
+    """Third standardised moment, as the skewness in SAELens' table of feature statistics."""
+    kurtosis: Float[Tensor, " latent"]
+    """Fourth standardised moment: 3 for a normal distribution."""
 
 
 def logit_effects(
-    rows: Float[Tensor, "latent d_model"], folded_unembedding: Float[Tensor, "d_vocab d_model"], n: int = 10
+    rows: Float[Tensor, "latent d_model"], unembedding: Float[Tensor, "d_vocab d_model"], n: int = 10
 ) -> LogitEffects:
-    """Return the n tokens each row promotes and suppresses most, and the histogram over the vocabulary.
+    """Return the n tokens each row promotes and suppresses most, and how the vocabulary is spread.
 
-    Holds [latent, d_vocab] once: the caller chooses how many rows come together.
+    The final norm is folded into rows or unembedding beforehand. Rows are taken some at a time, so that no more than
+    EFFECT_BYTES of [row, d_vocab] are in memory, whatever the vocabulary.
     """
-    effects = rows @ folded_unembedding.T
+    per_chunk = max(1, EFFECT_BYTES // (unembedding.shape[0] * 4))
+    parts = [_effects_of_chunk(chunk, unembedding, n) for chunk in rows.split(per_chunk)]
+    return LogitEffects(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _effects_of_chunk(rows: Tensor, unembedding: Tensor, n: int) -> LogitEffects:
+    effects = (rows.to(unembedding.dtype) @ unembedding.T).float()
     top, bottom = effects.topk(n, dim=-1), effects.topk(n, dim=-1, largest=False)
     low, high = effects.amin(dim=-1), effects.amax(dim=-1)
     width = (high - low).clamp_min(1e-12)
-    bins = ((effects - low[:, None]) * (N_BINS / width)[:, None]).long().clamp_(0, N_BINS - 1)
-    histogram = torch.zeros(len(rows), N_BINS, dtype=torch.long, device=rows.device)
-    histogram.scatter_add_(1, bins, torch.ones_like(bins))
-    return LogitEffects(top.values, top.indices, bottom.values, bottom.indices, low, high, histogram)
+    bins = ((effects - low[:, None]) * (N_BINS / width)[:, None]).int().clamp_(0, N_BINS - 1)
+    histogram = torch.stack([torch.bincount(row, minlength=N_BINS) for row in bins])
+    mean = effects.mean(dim=-1)
+    effects -= mean[:, None]
+    deviation = effects.square().mean(dim=-1).sqrt()
+    effects /= deviation.clamp_min(1e-12)[:, None]
+    skew, kurtosis = (effects.pow(power).mean(dim=-1) for power in (3, 4))
+    return LogitEffects(
+        top.values, top.indices, bottom.values, bottom.indices, low, high, histogram, mean, deviation, skew, kurtosis
+    )
 
 
 def fold_final_norm(
-    unembedding: Float[Tensor, "d_vocab d_model"], norm_weight: Float[Tensor, " d_model"], centred: bool
-) -> Float[Tensor, "d_vocab d_model"]:
-    """Fold the final norm's weight into the unembedding.
+    rows: Float[Tensor, "row d_model"], norm_weight: Float[Tensor, " d_model"], centred: bool
+) -> Float[Tensor, "row d_model"]:
+    """Fold the final norm into directions that are then multiplied with the unembedding.
 
-    A LayerNorm also subtracts the mean of the residual stream, which `centred` folds in as well; an RMSNorm does not.
+    The norm's weight scales them; a LayerNorm also subtracts their mean first (`centred`), an RMSNorm does not. The
+    same as folding it into the unembedding, without a copy of that.
     """
-    folded = unembedding * norm_weight
-    return folded - folded.mean(dim=-1, keepdim=True) if centred else folded
+    return (rows - rows.mean(dim=-1, keepdim=True) if centred else rows) * norm_weight
 
 
 class Nearest(NamedTuple):
@@ -66,3 +88,18 @@ def nearest_rows(W_dec: Float[Tensor, "d_sae d_in"], start: int, end: int, n: in
     cosines[own, own + start] = -2.0
     found = cosines.topk(min(n, len(W_dec) - 1), dim=-1)
     return Nearest(found.indices, found.values)
+
+
+def nearest_between(
+    rows: Float[Tensor, "d_sae d_in"], others: Float[Tensor, "d_other d_in"], n: int, block: int = 1024
+) -> Nearest:
+    """Return the n rows of another SAE with the largest cosine to each row: exact, a block of rows at a time."""
+    unit = torch.nn.functional.normalize(others.float(), dim=-1)
+    n = min(n, len(others))
+    indices = torch.empty(len(rows), n, dtype=torch.long)
+    cosines = torch.empty(len(rows), n)
+    for start in range(0, len(rows), block):
+        part = torch.nn.functional.normalize(rows[start : start + block].float(), dim=-1)
+        found = (part @ unit.T).topk(n, dim=-1)
+        indices[start : start + block], cosines[start : start + block] = found.indices.cpu(), found.values.cpu()
+    return Nearest(indices, cosines)

@@ -12,7 +12,7 @@ import scipy.sparse
 
 from app.corpora import Stream
 from app.evidence import N_INTERVALS, Example, Interval
-from workers.trainer.spill import Spill
+from app.spill import Spill
 
 N_BINS = 50
 _DUPLICATE_REACH = 8

@@ -36,7 +36,7 @@ from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
 from workers.trainer import kinds
-from workers.trainer.kinds import Cancelled, JobContext, JobKind, Superseded
+from workers.trainer.kinds import Cancelled, JobContext, JobKind, Paused, Superseded
 
 APPLICATION = "sae-atlas"
 APPLICATION_VERSION = "1"
@@ -64,14 +64,15 @@ def serve(settings: Settings, stop: Event) -> None:
     db.check_schema(engine)
     sessions = db.sessions(engine)
     _beat(sessions, executor)
-    launch(settings, Runner(settings, sessions, executor))
+    runner = Runner(settings, sessions, executor)
+    launch(settings, runner)
     client = DBOSClient(
         system_database_url=queue_url(settings),
         serializer=DBOSPortableJSONSerializer(),
         application_name=APPLICATION,
     )
     _logger.info("trainer ready", executor=executor, queue=make_url(settings.queue_url).render_as_string())
-    _attend(settings, sessions, client, executor, stop)
+    _attend(settings, sessions, client, runner, stop)
     _leave(sessions, executor)
     lock.close()
     engine.dispose()
@@ -95,6 +96,10 @@ def launch(settings: Settings, runner: Runner) -> None:
     @DBOS.workflow(name="run_job", max_recovery_attempts=MAX_CRASHES)
     def run_job(job_id: int) -> str:  # pyright: ignore[reportUnusedFunction]
         return runner.run(job_id)
+
+    @DBOS.workflow(name="help_job", max_recovery_attempts=MAX_CRASHES)
+    def help_job(job_id: int) -> str:  # pyright: ignore[reportUnusedFunction]
+        return runner.help(job_id)
 
     DBOS.listen_queues([QUEUE])
     DBOS.launch()
@@ -123,16 +128,39 @@ class Runner:
         self.settings = settings
         self.sessions = sessions
         self.executor = executor
+        self.busy = False
+        """Whether a workflow runs in this process; set and read by different threads."""
+
+    def help(self, job_id: int) -> str:
+        """Take shares of a running job that another trainer leads. What goes wrong here, that one meets too."""
+        self.busy = True
+        try:
+            with self.sessions() as session:
+                job = session.get(Job, job_id)
+            if job is not None and job.state == JobState.RUNNING and job.executor != self.executor:
+                context = _helping(self.settings, self.sessions, job, self.executor)
+                _logger.info("helping", job=job_id, leader=job.executor)
+                kinds.kind(job.kind).help(context)
+            return "helped"
+        except Cancelled:
+            return "stopped"
+        except Exception:
+            _logger.warning("helping failed", job=job_id, trace=traceback.format_exc())
+            return "failed"
+        finally:
+            self.busy = False
 
     def run(self, job_id: int) -> str:
         """Run a job, or what is left of it, and return its end state. After a crash, done steps are replayed."""
         structlog.contextvars.bind_contextvars(job=job_id)
+        self.busy = True
         try:
             job = self._claim(job_id)
             if job is None:
                 return JobState.CANCELLED
             return self._run(job)
         finally:
+            self.busy = False
             structlog.contextvars.unbind_contextvars("job")
 
     def _run(self, job: Job) -> str:
@@ -166,6 +194,8 @@ class Runner:
         started = time.monotonic()
         try:
             value = work()
+        except Paused:
+            return {"outcome": "paused"}
         except Cancelled:
             return {"outcome": "cancelled"}
         except Superseded as error:
@@ -199,9 +229,12 @@ class Runner:
             case "done":
                 values = {"state": JobState.DONE, "done": 1.0, "result": outcome["value"] or {}, "error": ""}
             case "cancelled":
-                values = {"state": JobState.CANCELLED, "cancel_requested": False}
+                values = {"state": JobState.CANCELLED}
+            case "paused":
+                values = {"state": JobState.PAUSED}
             case _:
-                values = {"state": JobState.FAILED, "error": outcome["error"], "cancel_requested": False}
+                values = {"state": JobState.FAILED, "error": outcome["error"]}
+        values |= {"cancel_requested": False, "pause_requested": False}
         _persist(lambda: _settle(self.sessions, job_id, values))
         _logger.info("job ended", state=str(values["state"]), error=outcome.get("error", ""))
         return str(values["state"])
@@ -238,16 +271,18 @@ def _sentence(error: Exception, data_dir: Path) -> str:
 
 
 def _attend(
-    settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, executor: str, stop: Event
+    settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, runner: Runner, stop: Event
 ) -> None:
     """Beat, and sweep for rows to hand over, until stopped. Jobs run in dbos' threads meanwhile."""
     beaten = time.monotonic()
     while not stop.wait(min(SWEEP_SECONDS, settings.beat_seconds)):
         try:
             if time.monotonic() - beaten >= settings.beat_seconds:
-                _beat(sessions, executor)
+                _beat(sessions, runner.executor)
                 beaten = time.monotonic()
-            sweep(settings, sessions, client, executor)
+            sweep(settings, sessions, client, runner.executor)
+            if not runner.busy:
+                _offer_help(settings, sessions, client, runner.executor)
         except Exception:
             # A locked or unreachable database: the next round tries again, and dbos retries its own writes.
             _logger.warning("sweep failed; trying again", exc_info=True)
@@ -287,6 +322,36 @@ def _hand_over(sessions: sessionmaker[Session], client: DBOSClient, job_id: int)
         )
     with sessions.begin() as session:
         session.execute(update(Job).where(Job.id == job_id).values(workflow_id=workflow_id))
+
+
+def _offer_help(settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, executor: str) -> None:
+    """Enqueue a workflow that helps with a running job, when this trainer has nothing to do and the job has shares.
+
+    Behind what waits in the queue: a job nobody works on comes before help for one that runs.
+    """
+    with sessions() as session:
+        running = session.scalars(select(Job).where(Job.state == JobState.RUNNING, Job.executor != executor)).all()
+    for job in running:
+        kind = kinds.kind(job.kind)
+        if not kind.shared or not kind.has_free_share(_helping(settings, sessions, job, executor)):
+            continue
+        prefix = f"help-{job.id}-"
+        waiting = client.list_workflows(
+            workflow_id_prefix=prefix, status="ENQUEUED", load_input=False, load_output=False
+        )
+        if not waiting:
+            options: EnqueueOptions = {
+                "workflow_name": "help_job",
+                "queue_name": QUEUE,
+                "workflow_id": f"{prefix}{executor}-{time.time_ns()}",
+                "app_version": APPLICATION_VERSION,
+            }
+            client.enqueue(options, job.id)
+        return
+
+
+def _helping(settings: Settings, sessions: sessionmaker[Session], job: Job, executor: str) -> JobContext:
+    return JobContext(settings, sessions, job.id, job.spec, settings.job_dir(job.id), helper=executor)
 
 
 def _first_undone(client: DBOSClient, workflow_id: str) -> int:

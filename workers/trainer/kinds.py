@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app import log
 from app.errors import BadInput
 from app.settings import Settings
-from app.tables import Job, JobMetric
+from app.tables import Job, JobMetric, JobState
 
 REPORT_SECONDS = 0.5
 """Progress is written, and a cancel request looked for, at most this often."""
@@ -30,6 +30,10 @@ _logger = log.get("trainer")
 
 class Cancelled(Exception):
     """Somebody asked to cancel the job; raised inside `run` and handled by the executor."""
+
+
+class Paused(Cancelled):
+    """Somebody asked to pause the job; as a cancelled one it stops, and says so otherwise."""
 
 
 class Superseded(Exception):
@@ -48,9 +52,16 @@ class JobContext:
     """settings.job_dir(job_id); exists. Checkpoints and spilled activations lie here."""
     executor: str = ""
     """The trainer that runs the step; empty means that ownership is not checked."""
+    helper: str = ""
+    """The trainer that takes shares of a job that another one leads."""
     step_index: int = 0
     n_steps: int = 1
     _last: list[float] = field(default_factory=lambda: [0.0])
+
+    @property
+    def worker(self) -> str:
+        """Who does the work: the trainer that leads the job, or one that helps."""
+        return self.helper or self.executor
 
     def report(self, share_of_step: float, status: str = "") -> None:
         """Say how far the step is (0..1), cheaply enough for an inner loop. Raises Cancelled when cancel was asked.
@@ -61,17 +72,22 @@ class JobContext:
             return
         self._last[0] = time.monotonic()
         self.check()
+        if self.helper:
+            return  # the leading trainer says how far the job is
         done = (self.step_index + min(max(share_of_step, 0.0), 1.0)) / self.n_steps
         values = {"done": done, "status": status} if status else {"done": done}
         with self.sessions.begin() as session:
             session.execute(update(Job).where(Job.id == self.job_id).values(values))
 
     def check(self) -> None:
-        """Raise Cancelled when cancel was asked, Superseded when another trainer has the job. Not throttled."""
+        """Raise Cancelled or Paused when that was asked, Superseded when another trainer has the job. Not throttled."""
+        wanted = select(Job.cancel_requested, Job.pause_requested, Job.executor, Job.state)
         with self.sessions() as session:
-            row = session.execute(select(Job.cancel_requested, Job.executor).where(Job.id == self.job_id)).one()
-        if row.cancel_requested:
+            row = session.execute(wanted.where(Job.id == self.job_id)).one()
+        if row.cancel_requested or (self.helper and row.state != JobState.RUNNING):
             raise Cancelled
+        if row.pause_requested:
+            raise Paused
         if self.executor and row.executor != self.executor:
             raise Superseded(row.executor)
 
@@ -96,6 +112,8 @@ class JobKind(ABC):
     """One kind of job. Instances hold no state: what must survive a crash lies in the context's directory."""
 
     name: ClassVar[str]
+    shared: ClassVar[bool] = False
+    """Whether idle trainers may take shares of its steps (workers.trainer.shares)."""
 
     @abstractmethod
     def title(self, spec: dict[str, Any]) -> str:
@@ -109,6 +127,14 @@ class JobKind(ABC):
     def run(self, context: JobContext, step: str) -> None:
         """Do one step. Idempotent: it may run again after a crash in its middle or just after its end."""
 
+    def help(self, context: JobContext) -> None:
+        """Take shares of a job that another trainer leads, until none is free. Only asked of shared kinds."""
+        raise NotImplementedError
+
+    def has_free_share(self, context: JobContext) -> bool:
+        """Tell whether there is something to help with. Cheap: idle trainers ask every second."""
+        return False
+
     @abstractmethod
     def finish(self, context: JobContext) -> dict[str, Any]:
         """Put the outcome into the catalog and return Job.result, such as {"url": ..., metrics}. Idempotent too."""
@@ -119,6 +145,8 @@ _REGISTRY = {
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
     "validate": "workers.trainer.validate:Validate",
+    "map": "workers.trainer.map:DrawMap",
+    "match": "workers.trainer.match:MatchSources",
 }
 """Kinds by name, imported only when one is asked for: torch takes seconds."""
 

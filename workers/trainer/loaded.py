@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,22 @@ def _load(path: Path, where: str) -> LanguageModel:
 
 
 def coder(context: JobContext, sae_hash: str) -> Coder:
-    return _load_coder(context.settings.sae_dir(sae_hash), device(context.settings))
+    return coders(context, (sae_hash,))[0]
 
 
-@lru_cache(maxsize=1)
-def _load_coder(path: Path, where: str) -> Coder:
-    return load_sae(path, where)
+def coders(context: JobContext, sae_hashes: Sequence[str]) -> list[Coder]:
+    """Return the SAEs of a job; they stay in memory until a job asks for others."""
+    where = device(context.settings)
+    wanted = [(context.settings.sae_dir(sae_hash), where) for sae_hash in sae_hashes]
+    for key in set(_coders) - set(wanted):
+        del _coders[key]
+    for key in wanted:
+        if key not in _coders:
+            _coders[key] = load_sae(*key)
+    return [_coders[key] for key in wanted]
+
+
+_coders: dict[tuple[Path, str], Coder] = {}
 
 
 RESULT = "result.json"

@@ -158,7 +158,7 @@ class Train(JobKind):
             if spec.harvest_tokens:
                 harvest = HarvestSpec(
                     model=spec.model,
-                    source=source.name,
+                    sources=(source.name,),
                     corpus=spec.corpus,
                     n_tokens=spec.harvest_tokens,
                     context_size=spec.context_size,

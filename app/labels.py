@@ -1,12 +1,43 @@
 """Automatic labels without a language model: from the tokens a feature peaks on and the tokens it promotes.
 
-Heuristic, and shown as such until somebody writes something better.
+Heuristic, and shown as such until somebody writes something better. Pure: knows evidence and tokens, no database.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.corpora import Stream
+from app.evidence import Example, FeatureEvidence
+from app.tokens import Vocabulary
+
+
+@dataclass(frozen=True)
+class Text:
+    """The corpus as a harvest read it: what turns an example into tokens."""
+
+    stream: Stream
+    vocabulary: Vocabulary
+    context_size: int
+    bos: int | None
+
+    def token_at(self, context: int, position: int) -> int:
+        return self.stream.context(context, self.context_size, self.bos)[max(position, 0)]
+
+    def string_at(self, example: Example, offset: int = 0) -> str:
+        """The token at an example's peak, or `offset` from it."""
+        return self.vocabulary.string(self.token_at(example.context, example.peak + offset))
+
+
+def row_of(evidence: FeatureEvidence, text: Text) -> tuple[str, str, str]:
+    """Return the automatic label, the token of the highest activation and the token promoted most."""
+    peaks = [text.string_at(example) for example in evidence.top]
+    before = [text.string_at(example, -1) for example in evidence.top]
+    promoted = [text.vocabulary.string(int(token)) for token in evidence.top_logit_ids]
+    label = heuristic_label(peaks, before, promoted)
+    return label, peaks[0] if peaks else "", promoted[0] if promoted else ""
 
 
 def heuristic_label(peaks: Sequence[str], before: Sequence[str], promoted: Sequence[str]) -> str:
