@@ -506,7 +506,7 @@ def harvest(
     corpus: Annotated[str, typer.Option(help="Corpus in the catalog.")],
     tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1_000)] = 1_000_000,
     context_size: Annotated[int, typer.Option(help="Tokens the model sees at once; 0 as the SAE's config says.")] = 0,
-    effects: Annotated[int, typer.Option(help="Top examples of a feature whose causal effect is measured.")] = 5,
+    effects: Annotated[int, typer.Option(help="Top examples of a feature whose causal effect is measured.")] = 3,
     keep: Annotated[bool, typer.Option(help="Keep the sparse activations, so that more tokens can follow.")] = False,
     watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
 ) -> None:
@@ -618,11 +618,20 @@ def cancel_job(job_id: int) -> None:
     _out.print(f"Job {job_id}: {state}.")
 
 
+@_groups["jobs"].command("pause")
+def pause_job(job_id: int) -> None:
+    """Pause a job; `jobs resume` goes on where it stopped."""
+    with _session(Settings()) as session:
+        job = jobs.pause(session, job_id)
+        state = "stopping" if job.pause_requested else job.state
+    _out.print(f"Job {job_id}: {state}.")
+
+
 @_groups["jobs"].command("resume")
 def resume_job(
     job_id: int, watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False
 ) -> None:
-    """Queue a failed or cancelled job again; it goes on where it stopped."""
+    """Queue a failed, cancelled or paused job again; it goes on where it stopped."""
     with _session(Settings()) as session:
         title = jobs.resume(session, job_id).title
     _queued(job_id, title, watch)

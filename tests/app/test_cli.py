@@ -102,7 +102,7 @@ def test_jobs_are_queued_listed_shown_cancelled_and_resumed(shell: Shell, tmp_pa
     assert "d_sae: 32" in shell.says("jobs", "show", "1")
     assert "Job 1: cancelled." in shell.says("jobs", "cancel", "1")
     assert "Job 1 queued" in shell.says("jobs", "resume", "1")
-    assert "is queued; only a failed or cancelled job can be resumed" in shell.refuses("jobs", "resume", "1")
+    assert "is queued; only a failed, cancelled or paused job can be resumed" in shell.refuses("jobs", "resume", "1")
     assert "No job 99." in shell.refuses("jobs", "show", "99")
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import corpora, db
+from app import corpora, db, spill
 from app.settings import Settings
 from app.specs import HarvestSpec
 from tests.benchmarks.servers import demo, interleaved, medians, seconds
 from workers.memory import keep_freed_memory
-from workers.trainer import harvest, spill
+from workers.trainer import harvest
 from workers.trainer.kinds import JobContext
 
 N_CONTEXTS, CONTEXT, ROUNDS = 128, 128, 5
@@ -52,7 +52,7 @@ def _reading(settings: Settings, model: str, source: str, scratch: Path) -> harv
     with make() as session:
         corpus = corpora.corpora(session)[0].name
     n_tokens = N_CONTEXTS * (CONTEXT - 1)
-    spec = HarvestSpec(model=model, source=source, corpus=corpus, n_tokens=n_tokens, context_size=CONTEXT)
+    spec = HarvestSpec(model=model, sources=(source,), corpus=corpus, n_tokens=n_tokens, context_size=CONTEXT)
     return harvest.reading_of(JobContext(settings, make, 0, spec.model_dump(), scratch))
 
 
@@ -80,6 +80,6 @@ def _bare(reading: harvest.Reading) -> None:
 
 
 def _read(reading: harvest.Reading, path: Path) -> None:
-    columns = [found for _, found in harvest.sparse_activations(reading, np.arange(N_CONTEXTS))]
+    columns = [found for _, [found] in harvest.sparse_activations([reading], np.arange(N_CONTEXTS))]
     latents, tokens, values = (np.concatenate(column) for column in zip(*columns, strict=True))
     spill.write(path, latents, tokens, values, reading.coder.d_sae)

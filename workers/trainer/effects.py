@@ -52,9 +52,11 @@ def effects(
     context_size: int,
     bos: int | None,
 ) -> Iterator[tuple[Peak, Effect]]:
-    """Yield the effect of each peak, context by context. Definitions: app.evidence.Effect."""
+    """Yield the effect of each peak, in an order that depends on the peaks alone. Definitions: app.evidence.Effect."""
     ordered = sorted(peaks, key=lambda p: (p.context, p.position, p.coder, p.latent))
     rows = [list(group) for _, group in groupby(ordered, key=lambda p: p.context)]
+    # Contexts are read up to their last peak: those with a late one come together.
+    rows.sort(key=lambda row: (row[-1].position, row[0].context))
     together: bool | None = None
     for start in range(0, len(rows), CONTEXTS_PER_PASS):
         part = rows[start : start + CONTEXTS_PER_PASS]
