@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session
 
-from app import corpora, matches
+from app import corpora, matches, wording
 from app import evidence as blobs
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
@@ -205,7 +205,9 @@ def show(session: Session, settings: Settings, source: Source, harvest_id: int) 
     rows = session.execute(blobs_of).all()
     for part in _chunks(_rebuilt(index, blob, text) for index, blob in rows):
         _write_rows(session, source, part, labels)
-    session.execute(update(Source).where(Source.id == source.id).values(harvest_id=harvest_id))
+    source.harvest_id = harvest_id
+    session.flush()
+    wording.fill(session, settings, source)
 
 
 def _rebuilt(index: int, blob: bytes, text: Text) -> FeatureRecord:
