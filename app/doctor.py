@@ -130,7 +130,7 @@ def _worker(settings: Settings, serving: bool) -> Finding:
         if serving:
             log = settings.data_dir / "logs" / "gpu.log"
             return Finding("gpu worker", Verdict.BROKEN, f"{error.message} If it stays so, see {log}.")
-        return Finding("gpu worker", Verdict.NOTE, f"not running. Device: {_device()}")
+        return Finding("gpu worker", Verdict.NOTE, f"not running. {_device(settings)}")
     used, budget = status.used_bytes / 2**30, status.memory_bytes / 2**30
     return Finding("gpu worker", Verdict.OK, f"{status.device}, {status.dtype}, {used:.1f} of {budget:.1f} GiB in use")
 
@@ -143,11 +143,13 @@ async def _worker_status(settings: Settings) -> WorkerStatus:
         await worker.close()
 
 
-def _device() -> str:
+def _device(settings: Settings) -> str:
     """Ask torch in a process of its own, since this one must not import it."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    return result.stdout.strip() or "unknown, torch cannot be imported"
+    command = [sys.executable, "-m", "workers.device"]
+    environment = supervisor.environment(settings)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    said = (result.stdout if result.returncode == 0 else result.stderr).strip()
+    return said.splitlines()[-1] if said else "Its device is not known: torch cannot be imported."
 
 
 def _trainer(settings: Settings, serving: bool) -> Finding:

@@ -40,7 +40,8 @@ class Settings(BaseSettings):
         default="auto", description="Where models and SAEs are computed."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of the language model; auto is float32 on CPU and bfloat16 on CUDA."
+        default="auto",
+        description="Precision of the language model; auto is float32, bfloat16 on CUDA where only that fits.",
     )
     threads: int = Field(default=0, ge=0, description="CPU threads torch uses in each worker; 0 leaves torch's choice.")
     memory_bytes: int = Field(

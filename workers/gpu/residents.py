@@ -57,9 +57,10 @@ class Held:
 
 
 class Residents:
-    def __init__(self, device: str, dtype: torch.dtype, budget_bytes: int) -> None:
+    def __init__(self, device: str, dtype: Callable[[int], torch.dtype], budget_bytes: int) -> None:
+        """dtype tells the precision of a model of so many weights."""
         self.device = device
-        self.dtype = dtype
+        self.dtype_of = dtype
         self.budget_bytes = budget_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         """By path, least recently used first."""
@@ -132,7 +133,8 @@ class Residents:
                 f"Only a description of {name} is here, from a bundle; its weights are not. Install it with "
                 f"`sae-atlas model add DIRECTORY_OR_HUB_ID --id {name}`."
             )
-        nbytes = weight_bytes(directory, self.dtype if kind == "model" else SAE_DTYPE)
+        nbytes = n_weights(directory)
+        nbytes *= (self.dtype_of(nbytes) if kind == "model" else SAE_DTYPE).itemsize
         self._make_room(name, nbytes)
         load = self._load_model if kind == "model" else self._load_sae
         entry = _Entry(kind, name, nbytes)
@@ -185,19 +187,19 @@ class Residents:
         logger.info("loaded", id=entry.id, bytes=entry.nbytes)
 
     def _load_model(self, path: Path, loaded: Loaded) -> LanguageModel:
-        return LanguageModel.load(path, device=self.device, dtype=self.dtype, loaded=loaded)
+        return LanguageModel.load(path, device=self.device, dtype=self.dtype_of(n_weights(path)), loaded=loaded)
 
     def _load_sae(self, path: Path, loaded: Loaded) -> Coder:
         return load_sae(path, device=self.device, dtype=SAE_DTYPE, loaded=loaded)
 
 
-def weight_bytes(directory: Path, dtype: torch.dtype) -> int:
-    """What the safetensors of a directory take in memory at a precision, from their headers alone."""
+def n_weights(directory: Path) -> int:
+    """How many numbers the safetensors of a directory hold, from their headers alone."""
     total = 0
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             total += sum(_numel(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    return total * dtype.itemsize
+    return total
 
 
 def device_bytes(device: str) -> int:

@@ -52,6 +52,7 @@ from app.protocol import (
 )
 from app.settings import Settings
 from app.tokens import vocabulary
+from workers.device import Device, Machine, choose_dtype, device_of
 from workers.gpu import attribution, scoring
 from workers.gpu.encoding import Text
 from workers.gpu.generation import Interventions, NotFinite, Run, kv_bytes
@@ -80,25 +81,25 @@ class Worker:
 
 
 def create_lane(settings: Settings) -> Lane:
-    device = choose_device(settings)
+    device = device_of(settings)
     residuals = Residuals(settings.residual_bytes)
     return Lane(settings.max_queue, BATCH_TOKENS[device], residuals, int(device_bytes(device) * KV_SHARE))
 
 
 def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
     """Return the ASGI app. Its lifespan stops the lane, and starts one of its own where none is given."""
-    device = choose_device(settings)
+    device = device_of(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     budget = settings.memory_bytes or int(device_bytes(device) * BUDGET_SHARE)
-    residents = Residents(device, choose_dtype(settings, device), budget)
+    residents = Residents(device, partial(_dtype, settings, device, budget), budget)
     worker = Worker(settings, residents, lane or create_lane(settings))
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         if lane is None:
             worker.lane.start()
-        logger.info("gpu worker ready", device=device, dtype=str(residents.dtype), budget_bytes=budget)
+        logger.info("gpu worker ready", device=device, dtype=settings.dtype, budget_bytes=budget)
         yield
         await asyncio.to_thread(worker.lane.stop)
 
@@ -121,18 +122,8 @@ def create_app(settings: Settings, lane: Lane | None = None) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-def choose_device(settings: Settings) -> str:
-    if settings.device != "auto":
-        return settings.device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def choose_dtype(settings: Settings, device: str) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device == "cuda" else torch.float32
-    return getattr(torch, settings.dtype)
+def _dtype(settings: Settings, device: Device, budget_bytes: int, n_weights: int) -> torch.dtype:
+    return choose_dtype(settings.dtype, device, Machine.here(), n_weights, budget_bytes)
 
 
 async def load(worker: Worker, request: Request) -> Response:
@@ -404,7 +395,7 @@ async def status(worker: Worker, _request: Request) -> Response:
     residents, loading = worker.residents.list()
     answer = WorkerStatus(
         device=worker.residents.device,
-        dtype=str(worker.residents.dtype).removeprefix("torch."),
+        dtype=str(worker.residents.dtype_of(0)).removeprefix("torch."),
         memory_bytes=worker.residents.budget_bytes,
         used_bytes=worker.residents.used_bytes,
         residents=residents,

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from app import embeddings, meaning
 from app.errors import NotFound
-from workers.trainer import loaded
+from workers.device import device_of
 from workers.trainer.kinds import JobContext, JobKind
 
 BATCH = 256
@@ -41,7 +41,7 @@ class Embed(JobKind):
             waiting = sorted(embeddings.missing(session).items(), key=lambda pair: len(pair[1]))
         if not waiting:
             return
-        encoder = Encoder(where, loaded.device(context.settings))
+        encoder = Encoder(where, device_of(context.settings))
         for start in range(0, len(waiting), STORE_EVERY):
             part = waiting[start : start + STORE_EVERY]
             made: list[meaning.Vectors] = []

@@ -13,18 +13,12 @@ from typing import Any
 import torch
 
 from app.errors import NotFound
-from app.settings import Settings
 from app.tables import Model
 from workers.checkpoints import load_sae
+from workers.device import device_of
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
 from workers.trainer.kinds import JobContext
-
-
-def device(settings: Settings) -> str:
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def model(context: JobContext, model_id: str) -> LanguageModel:
@@ -32,7 +26,7 @@ def model(context: JobContext, model_id: str) -> LanguageModel:
     with context.sessions() as session:
         if session.get(Model, model_id) is None:
             raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
-    return _load(context.settings.model_dir(model_id), device(context.settings))
+    return _load(context.settings.model_dir(model_id), device_of(context.settings))
 
 
 @lru_cache(maxsize=1)
@@ -46,7 +40,7 @@ def coder(context: JobContext, sae_hash: str) -> Coder:
 
 def coders(context: JobContext, sae_hashes: Sequence[str]) -> list[Coder]:
     """Return the SAEs of a job; they stay in memory until a job asks for others."""
-    where = device(context.settings)
+    where = device_of(context.settings)
     wanted = [(context.settings.sae_dir(sae_hash), where) for sae_hash in sae_hashes]
     for key in set(_coders) - set(wanted):
         del _coders[key]

@@ -27,6 +27,7 @@ from app.specs import HarvestSpec, TrainSpec
 from workers import checkpoints
 from workers.activations import CachedActivations, norms_of, write_shard
 from workers.corpora import tokenised
+from workers.device import device_of
 from workers.language_model import LanguageModel
 from workers.sae.losses import TopKParameters, initial_parameters, normalise_rows, remove_parallel_gradient, topk_loss
 from workers.trainer import loaded
@@ -223,7 +224,7 @@ def _optimise(context: JobContext, spec: TrainSpec, number: int, total: int) -> 
     norms = norms_of(context.directory / "activations")
     assert norms is not None
     checkpoint = context.directory / "checkpoint.safetensors"
-    device = loaded.device(context.settings)
+    device = device_of(context.settings)
     mean = torch.tensor(norms.mean, device=device) * norms.scale
     state = TrainingState.load(checkpoint, device) if checkpoint.exists() else TrainingState.fresh(spec, mean)
     started, first = time.monotonic(), state.step
