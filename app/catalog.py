@@ -12,11 +12,25 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from sqlalchemy import ColumnElement, Float, Integer, String, UnaryExpression, func, literal, or_, select, union_all
+import numpy as np
+import numpy.typing as npt
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Integer,
+    String,
+    UnaryExpression,
+    bindparam,
+    func,
+    literal,
+    or_,
+    select,
+    union_all,
+)
 from sqlalchemy import cast as cast_sql
 from sqlalchemy.orm import Session
 
-from app import wording
+from app import maps, wording
 from app.errors import BadInput, NotFound
 from app.protocol import ModelCard, ModelRef, SaeRef
 from app.settings import Settings
@@ -257,6 +271,8 @@ class Filter:
     """Bounds of a feature's maximum activation."""
     features: str = ""
     """Only these, as `3,7-12`; what a selection on the map becomes."""
+    cluster: int | None = None
+    """Only those of this cluster of the map."""
 
 
 @dataclass(frozen=True)
@@ -364,7 +380,7 @@ def default_source(session: Session, model_id: str, layer: int) -> SourceCard:
 
 def table(session: Session, source: SourceCard, wanted: Filter) -> Table:
     """Return a page of a source's features and how many there are in all; a page past the end is empty."""
-    where = _conditions(source, wanted)
+    where = _conditions(session, source, wanted)
     total = count(session, source, wanted)
     page = (
         select(Feature.index)
@@ -380,13 +396,23 @@ def table(session: Session, source: SourceCard, wanted: Filter) -> Table:
 
 def count(session: Session, source: SourceCard, wanted: Filter) -> int:
     """Return how many features a filter lets through."""
-    where = _conditions(source, wanted)
+    where = _conditions(session, source, wanted)
     return session.execute(select(func.count()).select_from(Feature).where(*where)).scalar_one()
+
+
+def densities(session: Session, source: SourceCard) -> npt.NDArray[np.float64]:
+    """Return the density of every latent, [d_sae]; 0 where none is stored."""
+    found = np.zeros(source.d_sae)
+    query = select(Feature.index, Feature.density).where(Feature.source_id == source.id)
+    for row in session.execute(query):
+        if row[0] < source.d_sae:
+            found[row[0]] = row[1]
+    return found
 
 
 def every_row(session: Session, source: SourceCard, wanted: Filter) -> Iterator[FeatureRow]:
     """Yield all features a filter lets through, in its order, without holding them all."""
-    query = select(Feature).where(*_conditions(source, wanted)).order_by(*_order(wanted))
+    query = select(Feature).where(*_conditions(session, source, wanted)).order_by(*_order(wanted))
     for feature in session.scalars(query.execution_options(yield_per=1000)):
         yield _row(feature)
 
@@ -396,7 +422,7 @@ def random_feature(session: Session, source: SourceCard, wanted: Filter | None =
     if wanted is None or wanted == Filter(sort=wanted.sort, descending=wanted.descending, page=wanted.page):
         for row in _sample(session, source, 1, labelled=False):
             return row.index
-    where = [*_conditions(source, wanted or Filter())]
+    where = [*_conditions(session, source, wanted or Filter())]
     if wanted is None or wanted.kind != "dead":
         where.append(Feature.max_act > 0)
     total = session.execute(select(func.count()).select_from(Feature).where(*where)).scalar_one()
@@ -671,7 +697,7 @@ def _order(wanted: Filter) -> tuple[ColumnElement[Any] | UnaryExpression[Any], .
     return (column.desc() if wanted.descending else column.asc(), Feature.index.asc())
 
 
-def _conditions(source: SourceCard, wanted: Filter) -> list[ColumnElement[bool]]:
+def _conditions(session: Session, source: SourceCard, wanted: Filter) -> list[ColumnElement[bool]]:
     where: list[ColumnElement[bool]] = [Feature.source_id == source.id]
     if wanted.label:
         where.append(like(Feature.label, wanted.label))
@@ -696,6 +722,8 @@ def _conditions(source: SourceCard, wanted: Filter) -> list[ColumnElement[bool]]
         where.append(Feature.label != "" if wanted.labelled == "yes" else Feature.label == "")
     if wanted.features:
         where.append(_among(parse_ranges(wanted.features)))
+    if wanted.cluster is not None:
+        where.append(_one_of(maps.members(session, source.id, wanted.cluster)))
     kinds: dict[Kind, ColumnElement[bool]] = {
         "live": Feature.max_act > 0,
         "labelled": Feature.label != "",
@@ -709,7 +737,12 @@ def _among(wanted: list[tuple[int, int]]) -> ColumnElement[bool]:
     # Short ranges as numbers: SQLite's expressions may not be a thousand conditions deep.
     single = [index for first, last in wanted if last - first < _SHORT for index in range(first, last + 1)]
     wide = [Feature.index.between(first, last) for first, last in wanted if last - first >= _SHORT]
-    return or_(Feature.index.in_(single), *wide)
+    return or_(_one_of(single), *wide)
+
+
+def _one_of(indices: list[int]) -> ColumnElement[bool]:
+    # Written into the statement: a database takes no more than some ten thousand parameters.
+    return Feature.index.in_(bindparam(None, indices, expanding=True, literal_execute=True))
 
 
 def _sample(session: Session, source: SourceCard, n: int, *, labelled: bool = True) -> list[FeatureRow]:

@@ -35,6 +35,15 @@ def recent(session: Session, limit: int = 50, offset: int = 0) -> list[Job]:
     return list(session.scalars(select(Job).order_by(Job.id.desc()).limit(limit).offset(offset)))
 
 
+def moving(session: Session, kind: str, spec: dict[str, Any]) -> Job | None:
+    """Return the newest job of a kind that waits or runs and whose spec holds these values."""
+    waiting = select(Job).where(Job.kind == kind, Job.state.in_([JobState.QUEUED, JobState.RUNNING]))
+    for job in session.scalars(waiting.order_by(Job.id.desc())):
+        if all(job.spec.get(key) == value for key, value in spec.items()):
+            return job
+    return None
+
+
 def get(session: Session, job_id: int) -> Job:
     job = session.get(Job, job_id) if 0 < job_id < 2**31 else None
     if job is None:

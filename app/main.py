@@ -14,7 +14,23 @@ from app.api import activations, explanations, features, health, steer, tokenize
 from app.gpu import Worker
 from app.labelindex import LabelIndex
 from app.settings import Settings
-from app.web import docs, embed, feature, home, job, loading, palette, preview, prompt, search, source, steering, upload
+from app.web import (
+    compare,
+    docs,
+    embed,
+    feature,
+    home,
+    job,
+    loading,
+    map,
+    palette,
+    preview,
+    prompt,
+    search,
+    source,
+    steering,
+    upload,
+)
 from app.web.guard import Guard, LargerBodies, is_loopback
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
@@ -61,7 +77,22 @@ def create_app(settings: Settings) -> FastAPI:
     for api in (features, explanations, activations, steer, vector, tokenize, unknown):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
-    for pages in (home, docs, job, search, palette, upload, loading, steering, prompt, source, embed, preview):
+    for pages in (
+        home,
+        compare,
+        docs,
+        job,
+        search,
+        palette,
+        upload,
+        loading,
+        steering,
+        prompt,
+        map,
+        source,
+        embed,
+        preview,
+    ):
         app.include_router(pages.router, include_in_schema=False)
     # Last: its /{model}/{source}/{index} matches any three segments.
     app.include_router(feature.router, include_in_schema=False)

@@ -54,6 +54,19 @@ def map_of(session: Session, source_id: int) -> Map | None:
     )
 
 
+def version(session: Session, source_id: int) -> str:
+    """Return a name for the state of a map and of the evidence its points are coloured by."""
+    row = session.get(FeatureMap, source_id)
+    source = session.get_one(Source, source_id)
+    return f"{source.sae_hash[:12]}-{source.harvest_id or 0}-{int(row.created_at.timestamp()) if row else 0}"
+
+
+def members(session: Session, source_id: int, cluster: int) -> list[int]:
+    """Return the features of a cluster; none where there is no map or no such cluster."""
+    drawn = map_of(session, source_id)
+    return [] if drawn is None else np.flatnonzero(drawn.cluster == cluster).tolist()
+
+
 def record(
     session: Session,
     source: Source,

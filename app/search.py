@@ -116,6 +116,21 @@ def find(
     return Results(query, shown, len(found.ids), offset, vector is not None)
 
 
+def indices(session: Session, index: Index | None, query: str, scope: Scope, limit: int) -> list[int]:
+    """Return the features whose explanations fit, best first, each once."""
+    query = _clean(query)
+    if not query:
+        return []
+    if index is None:
+        found = labels(session, query, model_id=scope.model_id, sources=scope.sources, limit=limit).hits
+        return list(dict.fromkeys(hit.feature.index for hit in found))
+    sources = session.scalars(select(Source.id).where(*scope.conditions())).all()
+    ids = index.find(query, _vector(query) if index.n_vectors else None, sources).ids[:limit].tolist()
+    rows = session.execute(select(Explanation.id, Explanation.index).where(Explanation.id.in_(ids)))
+    of = {row[0]: row[1] for row in rows}
+    return list(dict.fromkeys(of[key] for key in ids if key in of))
+
+
 def labels(
     session: Session,
     query: str,

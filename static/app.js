@@ -86,6 +86,7 @@ document.addEventListener("keydown", (event) => {
 const parts = {
   "[data-steer]": "./steer.js",
   "[data-figure]": "./figures.js",
+  "[data-map]": "./map.js",
   "[data-lab]": "./prompt.js",
   "[data-upload]": "./upload.js",
   ".what": "./examples.js",

@@ -12,11 +12,12 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from app import catalog, harvests, tablefiles, validations
+from app import catalog, harvests, maps, saecharts, tablefiles, validations
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
 from app.placement import placement
-from app.present import Chart, amount, density_chart, percent
+from app.present import amount, percent
 from app.protocol import ModelCard
+from app.saecharts import Figure, Thumbnail
 from app.tables import Job
 from app.validations import Validation
 from app.web.pages import Config, Db, Gpu, partial, query, render
@@ -58,9 +59,35 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The SAEs of a model, layers down and sets across."""
+
+    sets: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[SourceCard | None, ...]], ...]
+    """(layer, its SAE of each set), all layers that have one."""
+
+
+@dataclass(frozen=True)
 class ModelPage:
     entry: catalog.ModelEntry
     facts: tuple[tuple[str, str], ...]
+    grid: Grid
+    set_name: str = ""
+    """Only this set's SAEs are shown."""
+
+    @property
+    def sources(self) -> tuple[SourceCard, ...]:
+        return tuple(s for s in self.entry.sources if s.set_name == self.set_name) if self.set_name else ()
+
+
+def grid(sources: tuple[SourceCard, ...]) -> Grid:
+    """Return SAEs by layer and set; where a layer's set has several, its first."""
+    sets = tuple(sorted({s.set_name for s in sources}))
+    by_place: dict[tuple[int, str], SourceCard] = {}
+    for source in sources:
+        by_place.setdefault((source.layer, source.set_name), source)
+    layers = sorted({s.layer for s in sources})
+    return Grid(sets, tuple((layer, tuple(by_place.get((layer, name)) for name in sets)) for layer in layers))
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,10 @@ class SourcePage:
     more_metrics: tuple[Metric, ...]
     config: tuple[tuple[str, str], ...]
     origin: tuple[tuple[str, str], ...]
-    density: Chart | None
+    figures: tuple[Figure, ...]
+    thumbnail: Thumbnail | None
+    others: tuple[SourceCard, ...]
+    """SAEs of the same model, to compare with."""
     features: TablePage
     validation: Validation | None
     check: Job | None
@@ -151,12 +181,13 @@ class FilterQuery(BaseModel):
     min_act: float | None = Field(None, ge=0, allow_inf_nan=False)
     max_act: float | None = Field(None, ge=0, allow_inf_nan=False)
     features: str = Field("", max_length=50_000)
+    cluster: int | None = Field(None, ge=0, lt=2**16)
     columns: list[Column] = Field(default_factory=list[Column], max_length=20)
     """Beside the index, which is always there; none means all."""
     rows: bool = False
     """Only the rows, for scrolling on."""
 
-    @field_validator("min_density", "max_density", "min_act", "max_act", mode="before")
+    @field_validator("min_density", "max_density", "min_act", "max_act", "cluster", mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
@@ -218,8 +249,18 @@ def remove(model: str, source: str, session: Db, settings: Config) -> Response:
 
 
 @router.get("/{model}")
-def model_page(request: Request, model: str, session: Db) -> Response:
+def model_page(
+    request: Request,
+    model: str,
+    session: Db,
+    only: Annotated[str, Query(alias="set", max_length=200)] = "",
+) -> Response:
+    """A model with its SAEs; with `?set=` a set of them, layer by layer."""
     entry = catalog.model_entry(session, model)
+    sets = dict.fromkeys(source.set_name for source in entry.sources)
+    if only and only not in sets:
+        near = [(f"{entry.path}?set={name}", name) for name in sets] or [(entry.path, entry.card.id)]
+        raise catalog.NotInCatalog(f"{entry.card.id} has no set of SAEs called {only[:60]!r}.", near)
     card = entry.card
     facts = (
         ("architecture", card.architecture),
@@ -232,7 +273,7 @@ def model_page(request: Request, model: str, session: Db) -> Response:
         ("origin", card.origin),
         ("weights", card.hash[:16]),
     )
-    return render(request, "model.html", ModelPage(entry, facts))
+    return render(request, "model.html", ModelPage(entry, facts, grid(entry.sources), only))
 
 
 @router.get("/{model}/{source}")
@@ -247,6 +288,7 @@ def source_page(
         return render(request, "_rows.html" if wanted.rows else "_features.html", shown)
     card, found, harvest = catalog.source_page(session, model, source)
     measured = metrics(found.metrics)
+    drawn = maps.map_of(session, found.id)
     page = SourcePage(
         card=card,
         source=found,
@@ -255,7 +297,9 @@ def source_page(
         more_metrics=tuple(m for m in measured if not m.about),
         config=facts(found.config),
         origin=facts(found.origin),
-        density=density_chart(harvest.summary) if harvest else None,
+        figures=saecharts.figures(harvest.summary) if harvest else (),
+        thumbnail=saecharts.thumbnail(drawn) if drawn else None,
+        others=tuple(s for s in catalog.model_entry(session, model).sources if s.id != found.id),
         features=TablePage(found, catalog.table(session, found, wanted.filter()), wanted.shown),
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
