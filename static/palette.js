@@ -29,6 +29,8 @@ function build() {
   });
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) dialog.close();
+    const option = event.target.closest("[data-href]");
+    if (option) location.assign(option.dataset.href);
   });
 }
 
@@ -73,5 +75,5 @@ function choose(step) {
 // What was typed last may still be on its way: the list is asked once more before its first line is followed.
 async function go() {
   if (dialog.dataset.listed !== dialog.querySelector("input").value) await list();
-  dialog.querySelector("[aria-selected=true]")?.querySelector("a").click();
+  dialog.querySelector("[aria-selected=true]")?.click();
 }

@@ -51,6 +51,27 @@ class Demo:
         return f"{self.url}/{self.model}/{self.source}"
 
 
+def pages(demo: Demo) -> dict[str, str]:
+    """An address of every page, by the name of its picture."""
+    model, source = f"/{demo.model}", f"/{demo.model}/{demo.source}"
+    return {
+        "home": "/",
+        "model": model,
+        "source": source,
+        "feature": f"{source}/24",
+        "embed": f"{source}/24/embed",
+        "embedded": f"{source}/24?embed=true",
+        "palette": f"{source}/24?width=5",
+        "prompt": f"{source}/prompt?text=The+harbour+was+quiet.&at=2",
+        "steer": f"{model}/steer?source={demo.source}&index=24",
+        "search": "/search?q=fires",
+        "jobs": "/jobs",
+        "upload": "/upload",
+        "docs": "/docs",
+        "not-found": f"{source}/999999",
+    }
+
+
 @pytest.fixture(scope="package")
 def demo_server() -> Iterator[Demo]:
     """The demo as a person starts it. Its processes end with the run."""
