@@ -1,6 +1,7 @@
 // The command palette: Ctrl K. The server says where words lead (/palette); this file moves through its list.
 
 let dialog;
+let waiting;
 
 function build() {
   dialog = document.createElement("dialog");
@@ -11,7 +12,6 @@ function build() {
     placeholder="A page, an SAE, an index, words of a label, a pasted address"><div class="palette-list"></div>`;
   document.body.append(dialog);
   const input = dialog.querySelector("input");
-  let waiting;
   input.addEventListener("input", () => {
     clearTimeout(waiting);
     waiting = setTimeout(list, 80);
@@ -74,6 +74,7 @@ function choose(step) {
 
 // What was typed last may still be on its way: the list is asked once more before its first line is followed.
 async function go() {
+  clearTimeout(waiting);
   if (dialog.dataset.listed !== dialog.querySelector("input").value) await list();
   dialog.querySelector("[aria-selected=true]")?.click();
 }

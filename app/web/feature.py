@@ -28,7 +28,7 @@ from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
 from app.web.embed import SWITCHES, Embedded, embedded
-from app.web.pages import Config, Db, Gpu, base_of, partial, query, render
+from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, render
 from app.web.problems import Problem, of
 
 router = APIRouter()
@@ -296,7 +296,7 @@ def feature_page(
             return embedded(request, page, switches)
     if partial(request):
         return render(request, "_examples.html", page.examples)
-    return render(request, "feature.html", page)
+    return render(request, "feature.html", page, headers=ahead(request))
 
 
 @router.get("/{model}/{source}/{index}/context/{context}")

@@ -56,7 +56,7 @@ def test_activation_is_told_without_colour(page: Page, demo_server: Demo) -> Non
     """By the line below a token, which grows with it, and by the value that is read out."""
     page.goto(f"{demo_server.path}/17?scale=example")
     lines = page.locator(".examples mark").evaluate_all(
-        "marks => marks.map(m => [Number(m.className.match(/a(\\d+)/)[1]), parseFloat(getComputedStyle(m).borderBottomWidth)])"
+        "marks => marks.map(m => [+m.className.match(/a(\\d+)/)[1], parseFloat(getComputedStyle(m).borderBottomWidth)])"
     )
     assert all(width >= 1 for _, width in lines)
     weak = max((width for level, width in lines if level <= 2), default=0)

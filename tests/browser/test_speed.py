@@ -1,0 +1,56 @@
+"""What a person waits for: a budget for the first paint, and nothing that moves while a page is filled.
+
+Times are the best of several loads, as a busy machine only ever makes them worse.
+"""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from tests.browser.conftest import Demo
+
+FIRST_PAINT_MS = 300
+TRIES = 12
+WATCH = """
+    window.shift = 0;
+    new PerformanceObserver(list => list.getEntries().forEach(e => { window.shift += e.value; }))
+        .observe({ type: "layout-shift", buffered: true });
+"""
+
+
+def first_paint(page: Page, path: str) -> float:
+    page.goto(path, wait_until="networkidle")
+    return page.evaluate("""() => new Promise(found => {
+        const seen = () => performance.getEntriesByName("first-contentful-paint")[0];
+        if (seen()) return found(seen().startTime);
+        new PerformanceObserver((_, observer) => {
+            if (seen()) { observer.disconnect(); found(seen().startTime); }
+        }).observe({ type: "paint", buffered: true });
+    })""")
+
+
+def test_a_feature_page_is_painted_within_its_budget(browser: Browser, demo_server: Demo) -> None:
+    context = browser.new_context(base_url=demo_server.url)
+    page = context.new_page()
+    best = float("inf")
+    for index in range(TRIES):
+        best = min(best, first_paint(page, f"{demo_server.path}/{40 + 7 * index}"))
+        if best < FIRST_PAINT_MS:
+            break
+    context.close()
+    assert best < FIRST_PAINT_MS
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_moves_while_a_page_is_filled(browser: Browser, demo_server: Demo, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 900}, base_url=demo_server.url)
+    context.add_init_script(WATCH)
+    page = context.new_page()
+    moved: dict[str, float] = {}
+    for path in ("/", f"/{demo_server.model}", f"{demo_server.path}/24", f"{demo_server.path}/24?embed=true", "/jobs"):
+        page.goto(path, wait_until="networkidle")
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        moved[path] = page.evaluate("window.shift")
+    context.close()
+    assert all(shift == 0 for shift in moved.values()), moved
