@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from sqlalchemy.orm import Session
 
 from app import (
+    bulk,
     bundles,
     catalog,
     corpora,
@@ -44,7 +45,7 @@ from app.gpu import Worker
 from app.model_kwargs import CENTRED, KEY
 from app.placement import placement
 from app.settings import Settings
-from app.specs import HarvestSpec, MapSpec, MatchSpec, TrainSpec
+from app.specs import BulkSpec, HarvestSpec, MapSpec, MatchSpec, TrainSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
 
@@ -573,6 +574,36 @@ def match(
             catalog.source_card(session, model_id, one)
         title = f"Match {source} with {other}"
         job_id = jobs.submit(session, Settings(), "match", title, asked.model_dump(mode="json")).id
+    _queued(job_id, title, watch)
+
+
+@app.command()
+def encode(
+    file: Annotated[Path, typer.Argument(help="JSONL, CSV or parquet of texts.")],
+    source: Annotated[str, typer.Option("--sae", metavar="MODEL/SOURCE", help="The SAE to encode with.")],
+    text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Column that names two groups to tell apart.")] = "",
+    maxima: Annotated[bool, typer.Option(help="Only each text's maximum of each feature.")] = False,
+    features: Annotated[int, typer.Option(help="How many separating features.", min=1, max=1000)] = 50,
+    watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
+) -> None:
+    """Queue the encoding of many texts; the job's page leads to its parquet file and separating features."""
+    model_id, name = _model_source(source)
+    asked = BulkSpec.model_validate(
+        {
+            "model": model_id,
+            "source": name,
+            "path": str(file.resolve()),
+            "text_column": text,
+            "label_column": label,
+            "output": "maxima" if maxima else "activations",
+            "n_features": features,
+        }
+    )
+    settings = Settings()
+    with _session(settings) as session:
+        job = bulk.queue(session, settings, asked)
+        job_id, title = job.id, job.title
     _queued(job_id, title, watch)
 
 

@@ -15,6 +15,7 @@ from app.gpu import Worker
 from app.labelindex import LabelIndex
 from app.settings import Settings
 from app.web import (
+    bulk,
     compare,
     docs,
     embed,
@@ -79,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     for pages in (
         home,
+        bulk,
         compare,
         docs,
         job,

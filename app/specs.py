@@ -84,6 +84,22 @@ class ValidateSpec(Spec):
     context_size: int = Field(128, ge=8, le=4096, description="Tokens the model sees at once.")
 
 
+class BulkSpec(Spec):
+    """Encode many texts with one SAE, and find the features that tell two groups of them apart."""
+
+    model: str = Field(description="Model id in the catalog.")
+    source: str = Field(description="Source id in that model, such as 12-demo.")
+    path: str = Field(description="File of texts on the trainer's machine: JSONL, CSV or parquet.")
+    text_column: str = Field("text", min_length=1, description="Column that holds the texts.")
+    label_column: str = Field("", description="Column that holds one of two groups; empty finds no features.")
+    output: Literal["activations", "maxima"] = Field(
+        "activations", description="Every non-zero activation, or each text's maximum of each feature."
+    )
+    n_features: int = Field(50, ge=1, le=1000, description="Features that best tell the groups apart.")
+    held_out: float = Field(0.3, gt=0, lt=0.9, description="Share of each group kept for the held-out score.")
+    seed: int = Field(0, ge=0, description="Seed of the split.")
+
+
 class TrainSpec(Spec):
     """Train one TopK SAE on the activations of one hook over one corpus, evaluate it and put it into the catalog."""
 

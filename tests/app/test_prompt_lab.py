@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -248,3 +249,26 @@ def test_a_quantile_is_read_off_the_features_own_histogram() -> None:
     assert prompts.quantile(evidence, 2.0) == pytest.approx(counts[:10].sum() / counts.sum())
     assert prompts.quantile(evidence, 2.1) == pytest.approx((counts[:10].sum() + 5) / counts.sum())
     assert prompts.quantile(evidence, 99.0) == 1
+
+
+def test_a_file_of_texts_is_queued_and_what_cannot_be_read_is_refused(live: Live) -> None:
+    def send(content: bytes, **fields: str) -> httpx.Response:
+        data = {"source": "1-topk"} | fields
+        return live.http.post("/tiny/bulk", data=data, files={"file": ("../texts.jsonl", content)})
+
+    assert live.http.get("/tiny/bulk").status_code == 200
+    sent = send(b'{"text": "the cat"}\n{"text": "rain"}')
+    assert sent.status_code == 303
+    job = sent.headers["location"]
+    assert "Encode " in live.http.get(job).text
+    assert live.http.get(f"/tiny/bulk/{job.rpartition('/')[2]}").status_code == 404, "it is not done yet"
+    kept = len(list((live.settings.data_dir / "uploads").iterdir()))
+    for answer, words in (
+        (send(b'{"body": 1}'), "has no column &#39;text&#39;; it has body"),
+        (send(b""), "holds no row"),
+        (send(b"{}", output="pickle"), "output"),
+        (live.http.post("/tiny/bulk", data={"source": "1-topk"}), "No file was sent"),
+    ):
+        assert answer.status_code == 422
+        assert words in answer.text
+    assert len(list((live.settings.data_dir / "uploads").iterdir())) == kept, "a refused file is not kept"

@@ -141,6 +141,7 @@ class JobKind(ABC):
 
 
 _REGISTRY = {
+    "bulk": "workers.trainer.bulk:Bulk",
     "embed": "workers.trainer.embed:Embed",
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
