@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 import httpx
@@ -208,10 +209,16 @@ def test_old_addresses_lead_to_the_new_one(live: Live) -> None:
     assert answer.headers["location"] == "/tiny/prompt?text=a+b&sae=1-topk&at=1.3"
 
 
-def test_a_model_without_a_chat_template_says_so(live: Live) -> None:
-    answer = live.http.get("/tiny/prompt", params={"kind": "chat", "role": "user", "say": "hello", "sae": "1-topk"})
-    assert answer.status_code == 422
-    assert "has no chat template" in answer.text
+def test_a_chat_is_read_as_the_models_template_writes_it(live: Live, tiny: Tiny) -> None:
+    said = {"role": ["user", "assistant"], "say": ["the cat", "rain fell"]}
+    answer = live.http.get("/tiny/prompt", params={"kind": "chat", "sae": "1-topk"} | said)
+    assert answer.status_code == 200
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model.path)
+    messages = [{"role": role, "content": say} for role, say in zip(*said.values(), strict=True)]
+    written = str(tokenizer.apply_chat_template(messages, tokenize=False)).removeprefix(str(tokenizer.bos_token))
+    strip = answer.text[answer.text.index('data-tokens="1"') :].partition("</div>")[0]
+    shown = re.sub(r"<i class=.(?:special|br).>[^<]*</i>", "", strip).partition(">")[2]
+    assert unescape(re.sub(r"<[^>]+>", "", shown)).replace("↵", "\n") == written
 
 
 def test_buttons_change_one_thing_of_the_state() -> None:
