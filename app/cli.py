@@ -337,8 +337,7 @@ def remove_sae(source: ModelSource, yes: Annotated[bool, typer.Option("--yes", h
     if not yes and not typer.confirm("Delete it?"):
         raise typer.Exit(1)
     with _session(settings) as session:
-        left = harvests.remove_source(session, settings, model_id, name)
-    harvests.delete_weights(left)
+        harvests.remove_source(session, settings, model_id, name)
     _out.print(f"Removed {source}.")
 
 

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from sqlalchemy import delete, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import delete, event, insert, select, update
+from sqlalchemy.orm import Session, SessionTransaction
 
-from app import corpora, matches, wording
+from app import corpora, lockfile, matches, wording
 from app import evidence as blobs
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
@@ -57,6 +57,7 @@ def catalogue_sae(
     """
     if session.get(Model, model_id) is None:
         raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
+    _hold_weights(session, settings, facts.hash)
     name = f"{facts.layer}-{set_name}"
     source = session.scalar(select(Source).where(Source.model_id == model_id, Source.name == name))
     if source is None:
@@ -93,23 +94,70 @@ def check_set_name(text: str) -> str:
     return text
 
 
-def remove_source(session: Session, settings: Settings, model_id: str, name: str) -> Path | None:
-    """Delete a source with its evidence and explanations.
+def remove_source(session: Session, settings: Settings, model_id: str, name: str) -> None:
+    """Delete a source with its evidence and explanations; its weights too, with the commit, unless others use them.
 
-    Returns the directory of its weights when no other source uses them: delete it after the commit.
+    Begins a transaction of its own, so that it sees every source that was added before.
     """
+    sae_hash = source_named(session, model_id, name).sae_hash
+    session.rollback()
+    _hold_weights(session, settings, sae_hash)
     source = source_named(session, model_id, name)
+    if source.sae_hash != sae_hash:
+        raise Conflict(f"{model_id}/{name} was replaced a moment ago; look at it again before you remove it.")
     _forget_evidence(session, source)
     session.execute(delete(Explanation).where(Explanation.source_id == source.id))
-    sae_hash, layer, was_default = source.sae_hash, source.layer, source.is_default
+    layer, was_default = source.layer, source.is_default
     session.delete(source)
     session.flush()
     if was_default:
         heir = session.scalar(select(Source).where(Source.model_id == model_id, Source.layer == layer).limit(1))
         if heir is not None:
             heir.is_default = True
-    used = session.scalar(select(Source.id).where(Source.sae_hash == sae_hash).limit(1)) is not None
-    return None if used else settings.sae_dir(sae_hash)
+    if session.scalar(select(Source.id).where(Source.sae_hash == sae_hash).limit(1)) is None:
+        session.info[_HELD][sae_hash].unused = settings.sae_dir(sae_hash)
+
+
+_HELD = "weights held"
+_WAIT_SECONDS = 60
+
+
+@dataclass
+class _HeldWeights:
+    """A lock on some weights until a transaction ends, and their directory where that ends their use."""
+
+    lock: IO[str]
+    unused: Path | None = None
+
+
+def _hold_weights(session: Session, settings: Settings, sae_hash: str) -> None:
+    """Let nobody else add or delete these weights until the session's transaction ends.
+
+    Without it, somebody who adds the same SAE between a removal's commit and the deletion would find its weights
+    there, and lose them a moment later. Taken before the first write: who waits here must not hold up the database.
+    """
+    if _HELD not in session.info:
+        event.listen(session, "after_commit", _delete_unused)
+        event.listen(session, "after_transaction_end", _let_go)
+    held: dict[str, _HeldWeights] = session.info.setdefault(_HELD, {})
+    if sae_hash in held:
+        return
+    file = settings.data_dir / "run" / f"sae-{sae_hash}.lock"
+    taken = f"The SAE {sae_hash} is being added or removed by somebody else; try again in a minute."
+    held[sae_hash] = _HeldWeights(lockfile.hold(file, taken, _WAIT_SECONDS))
+
+
+def _delete_unused(session: Session) -> None:
+    for held in session.info[_HELD].values():
+        _delete_weights(held.unused)
+
+
+def _let_go(session: Session, transaction: SessionTransaction) -> None:
+    """Commit, rollback and close all end here."""
+    if transaction.parent is None:
+        for held in session.info[_HELD].values():
+            held.lock.close()
+        session.info[_HELD].clear()
 
 
 def _forget_evidence(session: Session, source: Source) -> None:
@@ -124,8 +172,8 @@ def _forget_evidence(session: Session, source: Source) -> None:
     session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
 
 
-def delete_weights(directory: Path | None) -> None:
-    """Delete what remove_source left; a reader never sees half of it."""
+def _delete_weights(directory: Path | None) -> None:
+    """Delete weights; a reader never sees half of them."""
     if directory is not None and directory.is_dir():
         gone = directory.with_name(f".gone-{directory.name}")
         directory.replace(gone)

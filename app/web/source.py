@@ -242,9 +242,8 @@ async def memory(request: Request, model: str, source: str, session: Db, setting
 def remove(model: str, source: str, session: Db, settings: Config) -> Response:
     """Delete an SAE; its weights too, where no other source uses them."""
     found = catalog.source_card(session, model, source)
-    left = harvests.remove_source(session, settings, found.model_id, found.name)
+    harvests.remove_source(session, settings, found.model_id, found.name)
     session.commit()
-    harvests.delete_weights(left)
     return RedirectResponse(f"/{found.model_id}", 303)
 
 

@@ -230,7 +230,7 @@ def test_a_new_sae_is_checked_and_removing_it_asks_and_keeps_shared_weights(shel
         assert "queued: Check tiny/1-" in added
     weights = set((shell.data_dir / "saes").iterdir())
     shown = shell.says("sae", "show", "tiny/1-one")
-    assert "0.0 MiB in memory; the gpu worker does not answer" in shown
+    assert "KiB in memory; the gpu worker does not answer" in shown
     unanswered = shell.run("sae", "remove", "tiny/1-one")
     assert unanswered.returncode == 1
     assert "its weights stay, tiny/1-two use them" in unanswered.stdout

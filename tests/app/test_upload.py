@@ -227,6 +227,38 @@ def test_weights_that_another_source_uses_stay(client: TestClient, settings: Set
     assert not directory.exists()
 
 
+def test_an_sae_added_while_its_weights_are_being_removed_keeps_them(client: TestClient, settings: Settings) -> None:
+    """The removal has decided that nobody uses the weights, and has not committed yet."""
+    send(client, sae())
+    with db.sessions(db.connect(settings))() as session:
+        directory = settings.sae_dir(harvests.source_named(session, "tiny", "1-up").sae_hash)
+        harvests.remove_source(session, settings, "tiny", "1-up")
+        adding = threading.Thread(target=lambda: send(client, sae(), set_name="twin"))
+        adding.start()
+        adding.join(0.3)
+        assert adding.is_alive(), "it waits for the removal"
+        assert directory.is_dir()
+        session.commit()
+        assert not directory.exists()
+    adding.join(20)
+    assert (directory / WEIGHTS).read_bytes() == GOOD
+    assert client.get("/tiny/1-twin").status_code == 200
+
+
+@pytest.mark.parametrize("ending", ["rollback", "close"])
+def test_a_removal_that_does_not_commit_keeps_the_weights_and_lets_go(
+    client: TestClient, settings: Settings, ending: str
+) -> None:
+    send(client, sae())
+    session = db.sessions(db.connect(settings))()
+    directory = settings.sae_dir(harvests.source_named(session, "tiny", "1-up").sae_hash)
+    harvests.remove_source(session, settings, "tiny", "1-up")
+    getattr(session, ending)()
+    session.commit()
+    assert directory.is_dir()
+    assert send(client, sae(), set_name="twin").status_code == 303
+
+
 def test_a_mismatch_is_called_out_on_the_page(client: TestClient, settings: Settings) -> None:
     with db.sessions(db.connect(settings)).begin() as session:
         source = harvests.source_named(session, "tiny", "1-demo")
