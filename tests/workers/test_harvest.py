@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sqlalchemy import select
 
-from app import corpora, db, evidence, harvests, labels, weights
+from app import catalog, corpora, db, documents, evidence, harvests, labels, spill, weights
 from app.errors import Conflict
 from app.settings import Settings
 from app.specs import HarvestSpec
 from app.spill import Spill, write
-from app.tables import Evidence, Feature, Job, Model, Source
+from app.tables import Evidence, Feature, HarvestState, Job, Model
+from app.tables import Harvest as HarvestRow
 from tests.tiny import TEXT, Tiny
 from workers import activations
+from workers.language_model import LanguageModel
 from workers.trainer import assemble, harvest
 from workers.trainer.kinds import JobContext
 
@@ -38,14 +42,16 @@ def job(tiny: Tiny, tmp_path: Path) -> Iterator[JobContext]:
     (tmp_path / "c.txt").write_text("".join(lines))
     spec = HarvestSpec(
         model="tiny", source="1-x", corpus="c", n_tokens=1_500, context_size=CONTEXT, n_top=4, n_per_interval=2
-    )
+    )  # pyright: ignore[reportCallIssue]
     make = db.sessions(engine)
     with make.begin() as session:
         card = harvest.loaded.LanguageModel.load(Path(tiny.model.path)).card
         session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
-        corpora.add_corpus(session, settings, tmp_path / "c.txt", "c")
+        corpora.add_corpus(session, settings, documents.read(tmp_path / "c.txt"), "c")
         facts = weights.check_sae(Path(tiny.topk.path), card.d_model, settings)
         harvests.catalogue_sae(session, settings, facts, model_id="tiny", set_name="x", metrics={}, origin={})
+        facts = weights.check_sae(Path(tiny.standard.path), card.d_model, settings)
+        harvests.catalogue_sae(session, settings, facts, model_id="tiny", set_name="y", metrics={}, origin={})
         row = Job(kind="harvest", title="t", spec=spec.model_dump(), workflow_id="w", result={})
         session.add(row)
         session.flush()
@@ -63,9 +69,30 @@ def run(context: JobContext) -> dict[str, object]:
     return kind.finish(context)
 
 
-def stored(context: JobContext) -> dict[int, bytes]:
+def asked(context: JobContext, **changes: Any) -> JobContext:
+    """The same job with a changed spec, begun anew."""
+    for path in context.directory.iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    return dataclasses.replace(context, spec={**context.spec, **changes})
+
+
+def stored(context: JobContext, name: str = "1-x", corpus: str = "c") -> dict[int, bytes]:
+    return {index: blob for index, (blob, _) in rows_of(context, name, corpus).items()}
+
+
+def rows_of(context: JobContext, name: str = "1-x", corpus: str = "c") -> dict[int, tuple[bytes, bytes | None]]:
     with context.sessions() as session:
-        return {row.index: row.blob for row in session.scalars(select(Evidence))}
+        source = harvests.source_named(session, "tiny", name)
+        corpus_id = corpora.corpus_named(session, corpus).id
+        wanted = (HarvestRow.source_id == source.id) & (HarvestRow.corpus_id == corpus_id)
+        query = select(Evidence).join(HarvestRow, HarvestRow.id == Evidence.harvest_id).where(wanted)
+        return {row.index: (row.blob, row.effects) for row in session.scalars(query)}
+
+
+def row(context: JobContext, name: str = "1-x") -> HarvestRow:
+    with context.sessions() as session:
+        source = harvests.source_named(session, "tiny", name)
+        return session.scalars(select(HarvestRow).where(HarvestRow.source_id == source.id)).one()
 
 
 def naive_acts(context: JobContext) -> np.ndarray:
@@ -166,10 +193,175 @@ def test_shards_and_batches_change_nothing(job: JobContext, monkeypatch: pytest.
         ]
 
 
+def test_several_saes_are_read_in_one_pass_with_the_evidence_each_has_alone(
+    job: JobContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = {}
+    for name in ("1-x", "1-y"):
+        run(asked(job, sources=(name,)))
+        alone[name] = stored(job, name)
+    passes: list[int] = []
+    read = LanguageModel.read
+
+    def counted(self: LanguageModel, ids: torch.Tensor, *args: Any) -> Any:
+        passes.append(len(ids))
+        return read(self, ids, *args)
+
+    monkeypatch.setattr(LanguageModel, "read", counted)
+    together = asked(job, sources=("1-x", "1-y"), n_effects=0)
+    result = run(together)
+    assert sum(passes) == harvest.reading_of(together).n_contexts
+    assert {name: stored(job, name) for name in alone} == alone
+    assert result["dead_features"].keys() == alone.keys()  # type: ignore[union-attr]
+
+
+def test_silent_examples_are_silent_and_hard_ones_are_near_the_positives(job: JobContext) -> None:
+    job = asked(job, sources=("1-y",), n_silent=3, n_hard=4)
+    acts, reading = naive_acts(job), harvest.reading_of(job)
+    run(job)
+    kinds = {"silent": 0, "token": 0, "neighbour": 0}
+    for latent, blob in stored(job, "1-y").items():
+        found, peaks = evidence.unpack(blob), acts[:, :, latent].max(axis=1)
+        n_free = int((peaks == 0).sum())
+        assert len(found.silent) == min(3, n_free) or n_free < len(peaks) / 10
+        assert len({e.context for e in found.silent}) == len(found.silent)
+        for example in (*found.silent, *found.hard_negatives):
+            assert peaks[example.context] == 0
+        kinds["silent"] += len(found.silent)
+        tokens = {reading.text.token_at(e.context, e.peak) for e in found.top}
+        for example in found.hard_negatives:
+            if example.neighbour is None:
+                assert reading.text.token_at(example.context, example.position) in tokens
+                kinds["token"] += 1
+            else:
+                assert example.neighbour in found.neighbours
+                assert acts[example.context, example.position, example.neighbour] > 0
+                kinds["neighbour"] += 1
+    assert min(kinds.values()) > 5
+
+
+def test_distributions_over_the_sae_equal_numpy(job: JobContext) -> None:
+    acts, reading = naive_acts(job), harvest.reading_of(job)
+    run(job)
+    summary = row(job).summary
+    l0 = (acts[:, 1:] > 0).sum(axis=2).ravel()
+    edges = summary["l0_histogram"]["edges"]
+    assert summary["l0_histogram"]["counts"] == np.histogram(l0, bins=edges)[0].tolist()
+    # Reconstructions are looked at in the first forward pass of the only shard.
+    n = min(activations.TOKENS_PER_FORWARD // CONTEXT, reading.n_contexts)
+    ids = torch.from_numpy(reading.stream.contexts(np.arange(n), CONTEXT, reading.bos))
+    x = reading.model.read(ids, [reading.coder.hook_name])[reading.coder.hook_name]
+    x_hat = reading.coder.reconstruct(x.flatten(0, 1)).view(x.shape)
+    explained = summary["explained_variance_by_position"]
+    assert explained[0] is None
+    for position in range(1, CONTEXT):
+        seen, error = x[:, position].double(), (x - x_hat)[:, position].double()
+        expected = 1 - error.square().sum() / (seen - seen.mean(dim=0)).square().sum()
+        assert explained[position] == pytest.approx(float(expected), abs=1e-5)
+    assert sum(summary["decoder_norms"]["counts"]) == 40
+    assert summary["n_dead"] + sum(summary["density_histogram"]["counts"]) == 40
+
+
+def test_effects_are_stored_in_the_order_of_the_top_examples(job: JobContext) -> None:
+    run(asked(job, n_effects=2))
+    n_effects = 0
+    for blob, packed in rows_of(job).values():
+        found = evidence.unpack(blob)
+        assert packed is not None
+        effects = evidence.unpack_effects(packed)
+        assert [(e.context, e.position) for e in effects] == [(e.context, e.peak) for e in found.top[:2]]
+        n_effects += len(effects)
+    assert n_effects > 20
+
+
+def test_kept_activations_answer_other_thresholds_and_windows_and_a_longer_harvest_reads_only_what_is_new(
+    job: JobContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harvest, "CONTEXTS_PER_SHARD", 50)
+    short = asked(job, keep_activations=True, n_tokens=1_000)
+    run(short)
+    kept = spill.KeptActivations(short.settings.activations_dir(row(job).activations))
+    acts, stream = naive_acts(short), harvest.reading_of(short).stream
+    for latent in range(0, 40, 7):
+        threshold = float(acts[:, :, latent].max()) / 2
+        found = kept.of(latent, above=threshold)
+        contexts, positions = np.nonzero(acts[:, :, latent] > threshold)
+        assert found.offsets.tolist() == (contexts * (CONTEXT - 1) + positions - 1).tolist()
+        np.testing.assert_allclose(found.values, acts[contexts, positions, latent], rtol=1e-4)
+        assert kept.density(latent, threshold) == pytest.approx(len(contexts) / acts[:, 1:, 0].size)
+        for (low, high), offset in zip(found.windows(3).tolist(), found.offsets.tolist(), strict=True):
+            assert stream.tokens[low:high][offset - low] == stream.tokens[offset]
+    read: list[int] = []
+    contexts_of = harvest.read_contexts
+    monkeypatch.setattr(harvest, "read_contexts", lambda *args: (read.extend(args[2].tolist()), contexts_of(*args))[1])
+    longer = asked(job, keep_activations=True, n_tokens=1_500)
+    run(longer)
+    assert sorted(read) == list(range(100, harvest.reading_of(longer).n_contexts))
+    extended = stored(job)
+    run(asked(job, n_tokens=1_500))
+    assert stored(job) == extended
+
+
+def test_a_second_corpus_is_kept_apart_and_can_be_shown_instead(job: JobContext, tmp_path: Path) -> None:
+    run(job)
+    (tmp_path / "d.txt").write_text(" ".join(reversed(TEXT.split())) * 60)
+    with job.sessions.begin() as session:
+        corpora.add_corpus(session, job.settings, documents.read(tmp_path / "d.txt"), "d")
+    first = stored(job)
+    run(asked(job, corpus="d"))
+    assert stored(job) == first
+    assert stored(job, corpus="d") != first
+    with job.sessions.begin() as session:
+        card = catalog.source_card(session, "tiny", "1-x")
+        cards = catalog.harvests_of(session, card)
+        assert [c.corpus for c in cards] == ["c", "d"]
+        index = next(i for i, blob in first.items() if evidence.unpack(blob).top)
+        other = catalog.feature_record(session, "tiny", "1-x", index, evidence=cards[1].id)
+        assert other.blob == stored(job, corpus="d")[index]
+        assert catalog.feature_record(session, "tiny", "1-x", index).blob == first[index]
+        with pytest.raises(catalog.NotInCatalog, match="no evidence 99"):
+            catalog.feature_record(session, "tiny", "1-x", index, evidence=99)
+        before = catalog.feature_record(session, "tiny", "1-x", index).feature
+        source = harvests.source_named(session, "tiny", "1-x")
+        harvests.show(session, job.settings, source, cards[1].id)
+    with job.sessions() as session:
+        after = catalog.feature_record(session, "tiny", "1-x", index)
+        assert after.blob == stored(job, corpus="d")[index]
+        assert after.feature.density == evidence.unpack(after.blob).density  # type: ignore[arg-type]
+        assert after.feature != before
+
+
+def test_partial_evidence_is_shown_while_it_grows_and_says_how_far_it_is(
+    job: JobContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harvest, "CONTEXTS_PER_SHARD", 60)
+    kind = harvest.Harvest()
+    steps = kind.plan(job)
+    assert [step for step in steps if step.startswith("preview")] == ["preview 1/4", "preview 2/4"]
+    seen: list[tuple[tuple[int, int] | None, int]] = []
+    for step in steps:
+        kind.run(job, step)
+        if step.startswith("preview"):
+            with job.sessions() as session:
+                _, _, found = catalog.source_page(session, "tiny", "1-x")
+            assert found is not None
+            assert found.partial
+            seen.append((found.progress, found.n_tokens))
+            assert len(stored(job)) == 40
+    assert seen == [((1, 4), 60 * (CONTEXT - 1)), ((2, 4), 120 * (CONTEXT - 1))]
+    first = row(job).id
+    kind.finish(job)
+    assert (row(job).id, row(job).state) == (first, HarvestState.COMPLETE)
+    again = asked(job)
+    for step in kind.plan(again)[:2]:
+        kind.run(again, step)
+    assert row(job).state == HarvestState.COMPLETE
+
+
 def test_the_catalog_shows_the_features_and_the_job_tidies_up(job: JobContext) -> None:
     result = run(job)
     with job.sessions() as session:
-        source = session.scalars(select(Source)).one()
+        source = harvests.source_named(session, "tiny", "1-x")
         features = session.scalars(select(Feature).order_by(Feature.index)).all()
     assert result["url"] == "/tiny/1-x"
     assert source.harvest_id is not None
@@ -196,7 +388,7 @@ def test_an_sae_replaced_during_its_harvest_stops_it_and_loses_the_old_evidence(
     other = weights.check_sae(Path(tiny.standard.path), None, job.settings)
     with job.sessions.begin() as session:
         with pytest.raises(Conflict, match="another SAE"):
-            harvests.refuse_other(session, "tiny", other, "x")
+            harvests.held(session, "tiny", other, "x")
         harvests.catalogue_sae(session, job.settings, other, model_id="tiny", set_name="x", metrics={}, origin={})
     assert not stored(job)
     with pytest.raises(Conflict, match="replaced"):

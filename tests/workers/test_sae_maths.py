@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from workers.sae.coders import StandardCoder
-from workers.sae.logits import fold_final_norm, logit_effects, nearest_rows
+from workers.sae.logits import fold_final_norm, logit_effects, nearest_between, nearest_rows
 from workers.sae.losses import TopKParameters, initial_parameters, normalise_rows, remove_parallel_gradient, topk_loss
 from workers.sae.stats import ReconstructionStats
 
@@ -111,3 +114,28 @@ def test_nearest_rows_leave_out_the_row_itself() -> None:
         cosines[row] = -2
         torch.testing.assert_close(found.cosines[place], cosines.topk(3).values)
         assert found.indices[place].tolist() == cosines.topk(3).indices.tolist()
+
+
+def test_nearest_features_of_another_sae_equal_the_whole_matrix_of_cosines() -> None:
+    rows, others = random(13, D_IN, seed=2), random(7, D_IN, seed=4)
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], others[None], dim=-1)
+    found = nearest_between(rows, others, n=3, block=5)
+    expected = cosines.topk(3, dim=-1)
+    assert found.indices.tolist() == expected.indices.tolist()
+    torch.testing.assert_close(found.cosines, expected.values)
+
+
+def test_effects_on_a_vocabulary_of_256k_take_little_memory() -> None:
+    program = """
+import resource, torch
+from workers.sae.logits import logit_effects
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+unembedding = torch.randn(256_000, 8)
+logit_effects(torch.randn(1, 8), unembedding[:1000])
+before = peak()
+found = logit_effects(torch.randn(600, 8), unembedding)
+assert found.histogram.sum(dim=1).eq(256_000).all()
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 600  # MiB; all rows at once would take 3,500 with histogram and moments

@@ -380,17 +380,12 @@ def _preview(context: JobContext, readings: Sequence[Reading], step: str) -> Non
         n_read = _bounds(done - 1, CONTEXTS_PER_SHARD, reading.n_contexts)[1]
         partial = replace(reading, n_read=n_read)
         context.report(0.0, f"showing what {done} of {total} shards say of {reading.source}")
-        records = _reporting(context, assembled(partial, partial.spilled(), 0, reading.coder.d_sae), reading)
-        _record(context, partial, records, HarvestState.PARTIAL, {"progress": {"done": done, "total": total}})
-
-
-def _reporting(context: JobContext, records: Iterator[FeatureRecord], reading: Reading) -> Iterator[FeatureRecord]:
-    # Collected before the catalog is written: a transaction must not stay open while features are assembled.
-    found: list[FeatureRecord] = []
-    for record in records:
-        found.append(record)
-        context.report((record.index + 1) / (reading.coder.d_sae + 1))
-    yield from found
+        # All of them before the catalog is written: a transaction that waits for features locks everybody out.
+        records: list[FeatureRecord] = []
+        for record in assembled(partial, partial.spilled(), 0, reading.coder.d_sae):
+            records.append(record)
+            context.report((record.index + 1) / (reading.coder.d_sae + 1))
+        _record(context, partial, iter(records), HarvestState.PARTIAL, {"progress": {"done": done, "total": total}})
 
 
 def _part_path(context: JobContext, number: int, part: int) -> Path:
