@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -121,7 +122,8 @@ def test_the_parts_add_up_to_the_models_own_logit(lab: Page, demo_server: Demo) 
             assert len(found.features) == 10
         await worker.close()
 
-    asyncio.run(ask())
+    with ThreadPoolExecutor(1) as thread:  # playwright's own loop runs in this one
+        thread.submit(asyncio.run, ask()).result()
 
 
 def test_a_bulk_job_finds_what_tells_two_groups_apart(page: Page, demo_server: Demo, tmp_path: Path) -> None:
