@@ -14,7 +14,8 @@ export async function mount() {
 }
 
 async function draw(box) {
-  const [names, places] = [...box.querySelectorAll("script")].map((script) => JSON.parse(script.textContent));
+  const [named, places] = [...box.querySelectorAll("script")].map((script) => JSON.parse(script.textContent));
+  const names = named.map((name) => name.replaceAll("`", ""));
   const points = decode(await (await fetch(box.dataset.points)).arrayBuffer());
   const canvas = box.appendChild(document.createElement("canvas"));
   const over = box.appendChild(document.createElement("canvas"));
@@ -23,6 +24,8 @@ async function draw(box) {
   const paint = painter(canvas, points);
   const state = { scale: 1, x: 0, y: 0, color: box.dataset.color, found: new Set(), chosen: new Set(), lasso: null, hover: -1 };
   let waiting = false;
+  // Few points are drawn larger, so that a small SAE's map is not a dust of pixels.
+  const base = Math.max(2.2, Math.min(6, 320 / Math.sqrt(points.n)));
 
   function refresh() {
     if (waiting) return;
@@ -34,7 +37,7 @@ async function draw(box) {
         const [w, h] = [Math.round(box.clientWidth * ratio), Math.round(box.clientHeight * ratio)];
         if (c.width !== w || c.height !== h) [c.width, c.height] = [w, h];
       }
-      paint(view(), Math.max(2.5, Math.min(9, 2.6 * Math.sqrt(state.scale))) * ratio);
+      paint(view(), Math.min(11, base * Math.sqrt(state.scale)) * ratio);
       overlay(over.getContext("2d"), ratio);
     });
   }

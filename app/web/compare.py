@@ -248,7 +248,8 @@ def _sources(session: Session, a: SourceCard, b: SourceCard, pairs: Pairs | None
 
 
 def _rows(a: SourceCard, b: SourceCard) -> tuple[tuple[str, str, str, str], ...]:
-    both = [{m.name: m for m in metrics(s.metrics)} for s in (a, b)]
+    # Counts of tokens and such stand on each SAE's own page.
+    both = [{m.name: m for m in metrics(s.metrics) if m.about} for s in (a, b)]
     none = Metric("", "–", "")
     names = list(dict.fromkeys([*both[0], *both[1]]))
     measured = tuple(

@@ -153,6 +153,8 @@ class SourcePage:
     more_metrics: tuple[Metric, ...]
     config: tuple[tuple[str, str], ...]
     origin: tuple[tuple[str, str], ...]
+    recipe: tuple[tuple[str, str], ...]
+    """The spec of its training, where SAE Atlas trained it."""
     figures: tuple[Figure, ...]
     thumbnail: Thumbnail | None
     others: tuple[SourceCard, ...]
@@ -295,7 +297,8 @@ def source_page(
         metrics=tuple(m for m in measured if m.about),
         more_metrics=tuple(m for m in measured if not m.about),
         config=facts(found.config),
-        origin=facts(found.origin),
+        origin=facts({key: value for key, value in found.origin.items() if key != "spec"}),
+        recipe=facts(spec) if isinstance(spec := found.origin.get("spec"), Mapping) else (),
         figures=saecharts.figures(harvest.summary) if harvest else (),
         thumbnail=saecharts.thumbnail(drawn) if drawn else None,
         others=tuple(s for s in catalog.model_entry(session, model).sources if s.id != found.id),
