@@ -17,6 +17,7 @@ class Vocabulary:
 
     def __init__(self, tokens: list[bytes]) -> None:
         self._tokens = tokens
+        self._whole: dict[int, str | None] = {}
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -27,6 +28,11 @@ class Vocabulary:
         A character cut across tokens belongs to the last of them and the ones before are empty. Bytes that are no
         UTF-8 become U+FFFD.
         """
+        ids = list(ids)
+        whole = [self._whole[i] if i in self._whole else self._read(i) for i in ids]
+        found = [string for string in whole if string is not None]
+        if len(found) == len(ids):
+            return found
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         strings = [decoder.decode(self._bytes(token)) for token in ids]
         tail = decoder.decode(b"", final=True)
@@ -37,6 +43,15 @@ class Vocabulary:
     def reader(self) -> Reader:
         """Return something that turns ids into text as they come."""
         return Reader(self._bytes)
+
+    def _read(self, token: int) -> str | None:
+        """Return and remember a token's text, or None where it holds parts of characters."""
+        try:
+            string = self._bytes(token).decode("utf-8")
+        except UnicodeDecodeError:
+            string = None
+        self._whole[token] = string
+        return string
 
     def text(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes(token) for token in ids).decode("utf-8", "replace")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
@@ -85,11 +86,14 @@ class Choices:
 
     def fields(self, **changes: Any) -> dict[str, Any]:
         """Return what differs from the usual, by the names in addresses."""
-        usual, wanted = asdict(Choices()), asdict(self) | changes
+        usual, wanted = vars(_USUAL), vars(self) | changes
         return {k: v for k, v in wanted.items() if v != usual[k]}
 
     def query(self, **changes: Any) -> str:
         return query(self.fields(**changes))
+
+
+_USUAL = Choices()
 
 
 def _choices(
@@ -119,7 +123,7 @@ class Examples:
     def link(self, **changes: Any) -> str:
         return self.path + query({**self.choices.fields(**changes), **self.others})
 
-    @property
+    @cached_property
     def first(self) -> tuple[int, int]:
         """How many of the highest examples and how many bands are on the page as it is first sent.
 
@@ -138,6 +142,11 @@ class Examples:
             if left < 0:
                 return len(self.view.top), i
         return len(self.view.top), len(self.view.groups)
+
+    @property
+    def kept(self) -> str:
+        """The query of a whole context's address: which evidence it is from."""
+        return query({"evidence": self.choices.evidence})
 
     @property
     def rest(self) -> Literal["none", "later", "now"]:

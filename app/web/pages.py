@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES, STATIC = ROOT / "templates", ROOT / "static"
 _SIGNS = {"\t": "⇥", "\r": "␍"}
 _PART = Markup('<i class="part" title="{}">⋯</i>').format(present.PART)
+_CUT = '<i class="cut">…</i>'
 _TICKED = re.compile(r"`([^`]+)`")
 
 
@@ -69,6 +70,7 @@ class Pages:
             "shown": shown,
             "chip": chip,
             "token": token,
+            "window": window,
             "token_chip": token_chip,
             "label": label,
             "query": query,
@@ -140,6 +142,23 @@ def shown(text: str) -> Markup:
 def token(text: str) -> Markup:
     """Return one token of a text as markup: as `shown`, and visible where it ends inside a character."""
     return shown(text) if text else _PART
+
+
+def window(shown_window: present.Window) -> Markup:
+    """Return a window of tokens as markup. Here and not in a template: a page has dozens, with hundreds of pieces."""
+    parts = ['<span class="window">', _CUT if shown_window.cut_before else ""]
+    for piece in shown_window.pieces:
+        if piece.level:
+            kind = f"a{piece.level} peak" if piece.peak else f"a{piece.level}"
+            parts.append(f'<mark class="{kind}" title="{escape(piece.tip)}">{token(piece.text)}</mark>')
+        elif piece.special:
+            parts.append(f'<i class="special">{shown(piece.text)}</i>')
+        elif piece.peak:
+            parts.append(f'<span class="looked" title="{escape(piece.tip)}">{token(piece.text)}</span>')
+        else:
+            parts.append(shown(piece.text))
+    parts += [_CUT if shown_window.cut_after else "", "</span>"]
+    return Markup("".join(parts))  # noqa: S704 - every part is escaped or ours
 
 
 def label(text: str) -> Markup:
