@@ -217,3 +217,12 @@ def test_a_page_stays_below_60_kB_however_many_tokens_it_shades(client: TestClie
     assert 'hx-trigger="revealed"' in page
     whole = text(client, f"{PATH}?bands=all")
     assert whole.count('class="example"') > page.count('class="example"')
+
+
+def test_a_page_that_may_work_later_says_when_and_offers_to_try_again(client: TestClient) -> None:
+    with client.app.state.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.exec_driver_sql("DROP TABLE explanations")
+    page = client.get(PATH)
+    assert (page.status_code, page.headers["retry-after"]) == (503, "5")
+    assert 'href="">Try again</a> <span class="muted">in 5 s or so.' in page.text
+    assert "sae-atlas doctor" in page.text

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
 
 from app.settings import Settings
@@ -33,6 +34,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+PICTURES = os.environ.get("SAE_ATLAS_TEST_PICTURES", "")
+"""Where smaller pictures of all pages go besides: `docs/screenshots` when the look has changed."""
 SCREENSHOTS = Path(__file__).resolve().parent.parent / "screenshots"
 START_SECONDS = 300
 
@@ -62,7 +65,9 @@ def pages(demo: Demo) -> dict[str, str]:
         "embed": f"{source}/24/embed",
         "embedded": f"{source}/24?embed=true",
         "palette": f"{source}/24?width=5",
-        "prompt": f"{source}/prompt?text=The+harbour+was+quiet.&at=2",
+        "map": f"{source}/map",
+        "compare": f"/compare?a={source[1:]}/24&b={source[1:]}/158",
+        "prompt": f"{model}/prompt?text=The+harbour+was+quiet.&sae={demo.source}&at=2",
         "steer": f"{model}/steer?source={demo.source}&index=24",
         "search": "/search?q=fires",
         "jobs": "/jobs",
@@ -129,7 +134,15 @@ def shoot(context: BrowserContext, path: str, name: str) -> None:
     SCREENSHOTS.mkdir(exist_ok=True)
     opened = context.new_page()
     opened.goto(path, wait_until="networkidle")
+    if name.startswith("palette"):
+        opened.keyboard.press("Control+k")
+        opened.locator("#palette-options").wait_for()
     opened.screenshot(path=SCREENSHOTS / f"{name}.png")
+    if PICTURES:
+        Path(PICTURES).mkdir(parents=True, exist_ok=True)
+        with Image.open(SCREENSHOTS / f"{name}.png") as picture:
+            smaller = picture.convert("RGB").resize((round(picture.width * 0.8), round(picture.height * 0.8)))
+            smaller.save(Path(PICTURES) / f"{name}.webp", quality=50, method=6)
     width = opened.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     opened.close()
     assert width[0] <= width[1], f"{name} is {width[0]} px wide in a window of {width[1]}"

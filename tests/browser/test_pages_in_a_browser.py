@@ -7,7 +7,7 @@ import re
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.browser.conftest import Demo, shoot
+from tests.browser.conftest import Demo, pages, shoot
 
 PROMPT = "The harbour was quiet that morning. She counted 12 boats."
 
@@ -238,18 +238,6 @@ def test_every_page_fits_its_window_and_is_pictured(
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, base_url=demo_server.url
     )  # type: ignore[arg-type]
-    model, source = f"/{demo_server.model}", f"/{demo_server.model}/{demo_server.source}"
-    for name, path in {
-        "home": "/",
-        "model": model,
-        "source": source,
-        "feature": f"{source}/17",
-        "prompt": f"{source}/prompt?text=The+harbour+was+quiet.&at=2",
-        "steer": f"{model}/steer?source={demo_server.source}&index=17",
-        "search": "/search?q=fires",
-        "jobs": "/jobs",
-        "docs": "/docs",
-        "not-found": f"{source}/999999",
-    }.items():
+    for name, path in pages(demo_server).items():
         shoot(context, path, f"{name}-{kind}")
     context.close()

@@ -5,6 +5,7 @@ Times are the best of several loads, as a busy machine only ever makes them wors
 
 from __future__ import annotations
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page
 
@@ -54,3 +55,11 @@ def test_nothing_moves_while_a_page_is_filled(browser: Browser, demo_server: Dem
         moved[path] = page.evaluate("window.shift")
     context.close()
     assert all(shift == 0 for shift in moved.values()), moved
+
+
+def test_no_feature_page_of_the_demo_is_over_60_kB(demo_server: Demo) -> None:
+    with httpx.Client() as http:
+        sizes = {
+            i: len(http.get(f"{demo_server.path}/{i}").content) for i in (24, 787, 1680, 4020, *range(0, 4096, 128))
+        }
+    assert max(sizes.values()) <= 60_000, sizes
