@@ -31,6 +31,7 @@ from sqlalchemy import cast as cast_sql
 from sqlalchemy.orm import Session
 
 from app import maps, wording
+from app.corpora import VOCABULARY, tokens_dir
 from app.errors import BadInput, NotFound
 from app.protocol import ModelCard, ModelRef, SaeRef
 from app.settings import Settings
@@ -107,6 +108,10 @@ class NotInCatalog(NotFound):
         self.suggestions = tuple(suggestions)
 
 
+class NoWeights(BadInput):
+    """What was asked needs a model or an SAE whose weights are not here."""
+
+
 @dataclass(frozen=True)
 class SourceCard:
     """A source as lists show it, and as pages head it."""
@@ -131,6 +136,11 @@ class SourceCard:
     @property
     def path(self) -> str:
         return f"/{self.model_id}/{self.name}"
+
+    @property
+    def has_weights(self) -> bool:
+        """False for evidence that was imported without its SAE."""
+        return not self.sae_hash.startswith("none-")
 
     @property
     def prepend_bos(self) -> bool:
@@ -169,6 +179,11 @@ class HarvestCard:
     job_id: int | None = None
     activations: str = ""
     """Directory under activations/ with its sparse activations, or nothing."""
+
+    @property
+    def imported(self) -> bool:
+        """Its tokens are strings that came with it, not ids of the model's tokenizer."""
+        return self.tokenizer_hash == "imported"
 
     @property
     def partial(self) -> bool:
@@ -221,6 +236,12 @@ class FeatureRecord:
     @property
     def path(self) -> str:
         return f"{self.source.path}/{self.feature.index}"
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that mark no text in the evidence's own tokens."""
+        imported = self.harvest is not None and self.harvest.imported
+        return frozenset() if imported else frozenset(self.card.special_token_ids)
 
 
 @dataclass(frozen=True)
@@ -573,15 +594,43 @@ def rows(session: Session, source: SourceCard, indices: Collection[int]) -> dict
 
 
 def sae_ref(settings: Settings, source: SourceCard) -> SaeRef:
+    """Return what the worker loads. Raises NoWeights for a source that came as evidence only."""
+    if not source.has_weights:
+        raise NoWeights(
+            f"No weights here: browsing only. {source.model_id}/{source.name} was imported as evidence; "
+            "add the SAE with `sae-atlas sae add` under another set name to compute with it."
+        )
     return SaeRef(id=f"{source.model_id}/{source.name}", path=str(settings.sae_dir(source.sae_hash)))
 
 
 def model_ref(settings: Settings, model_id: str) -> ModelRef:
+    """Return what the worker loads. Raises NoWeights for a model that is only described."""
+    if not has_model_weights(settings, model_id):
+        raise NoWeights(
+            f"No weights here: browsing only. Install {model_id} with `sae-atlas model add ... --id {model_id}` "
+            "to compute with it."
+        )
     return ModelRef(id=model_id, path=str(settings.model_dir(model_id)))
 
 
+def has_model_weights(settings: Settings, model_id: str) -> bool:
+    """Tell whether a model is installed, or only known from a bundle or an import."""
+    return (settings.model_dir(model_id) / "card.json").is_file()
+
+
 def vocabulary_of(settings: Settings, model_id: str) -> Vocabulary:
-    return vocabulary(settings.model_dir(model_id) / "vocabulary.json")
+    """Return the tokens of an installed or bundled model. Raises NoWeights for one known from imports only."""
+    path = settings.model_dir(model_id) / "vocabulary.json"
+    if not path.is_file():
+        model_ref(settings, model_id)
+    return vocabulary(path)
+
+
+def words_of(settings: Settings, model_id: str, harvest: HarvestCard | None) -> Vocabulary:
+    """Return the tokens that some evidence speaks of: its own where it was imported, else the model's."""
+    if harvest is not None and harvest.imported:
+        return vocabulary(tokens_dir(settings, harvest.corpus_hash, harvest.tokenizer_hash) / VOCABULARY)
+    return vocabulary_of(settings, model_id)
 
 
 def card(model: Model) -> ModelCard:

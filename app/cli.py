@@ -22,12 +22,12 @@ from sqlalchemy.orm import Session
 
 from app import (
     bulk,
-    bundles,
     catalog,
     corpora,
     db,
     doctor,
     documents,
+    exchange,
     formats,
     harvests,
     hub,
@@ -699,21 +699,34 @@ def _watch(settings: Settings, job_id: int) -> Job:
 
 
 @app.command(name="export")
-def export_bundle(source: ModelSource, out: Annotated[Path, typer.Argument(help="Directory to write.")]) -> None:
-    """Write an SAE with its evidence as a bundle that another SAE Atlas imports."""
+def export_source(
+    source: ModelSource,
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    format: Annotated[
+        exchange.Format, typer.Option(help="bundle loses nothing and is what another SAE Atlas imports.")
+    ] = exchange.Format.BUNDLE,
+) -> None:
+    """Write an SAE with its evidence: a bundle, parquet tables, or JSON as Neuronpedia or sae_dashboard write it."""
     settings = Settings()
     with _session(settings) as session, _progress() as report:
-        bundles.export_bundle(session, settings, *_model_source(source), out, report)
+        exchange.export(session, settings, *_model_source(source), out, format, report)
     _out.print(f"Wrote {out}.")
 
 
 @app.command(name="import")
-def import_bundle(path: Annotated[Path, typer.Argument(help="A bundle's directory.")]) -> None:
-    """Read a bundle into the catalog."""
+def import_sources(
+    path: Annotated[
+        Path, typer.Argument(help="A bundle, a Neuronpedia export directory, or batches of sae_dashboard.")
+    ],
+    model: Annotated[str, typer.Option(help="Model id to import under, where the files' own will not do.")] = "",
+    set_name: Annotated[str, typer.Option("--set", help="Set name to import under.")] = "",
+) -> None:
+    """Read an SAE's evidence into the catalog. Neuronpedia's and sae_dashboard's need no model and no weights."""
     settings = Settings()
     with _session(settings) as session, _progress() as report:
-        bundles.import_bundle(session, settings, path, report)
-    _out.print(f"Imported {path}.")
+        found = exchange.import_(session, settings, path, report, model, set_name)
+        lines = [f"Imported {s.model_id}/{s.name}: {s.d_sae:,} features." for s in found]
+    _out.print("\n".join(lines), soft_wrap=True)
 
 
 # Shared ----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def activations(
     directory = tokens_dir(settings, harvest.corpus_hash, harvest.tokenizer_hash)
     if not (directory / "stream.bin").is_file():
         return []
-    stream, words = Stream.open(directory), catalog.vocabulary_of(settings, record.card.id)
+    stream, words = Stream.open(directory), catalog.words_of(settings, record.card.id, harvest)
     top = [(example, (-1, -1, None)) for example in unpacked.top]
     banded = [
         (example, (band.low, band.high, band.count / max(unpacked.n_active, 1)))
@@ -253,7 +253,7 @@ def _vector(settings: Settings, record: FeatureRecord, unpacked: FeatureEvidence
 
 def _statistics(settings: Settings, record: FeatureRecord, unpacked: FeatureEvidence | None) -> dict[str, Any]:
     found = unpacked or _NOTHING
-    words = catalog.vocabulary_of(settings, record.card.id)
+    words = catalog.words_of(settings, record.card.id, record.harvest)
     return {
         "frac_nonzero": record.feature.density,
         "n_active": found.n_active,

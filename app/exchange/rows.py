@@ -22,6 +22,7 @@ from app.evidence import N_INTERVALS, Example, FeatureEvidence, Interval
 MAX_TOKENS = 4_096
 MAX_EXAMPLES = 200
 MAX_INDEX = 2**24
+_LOGIT_MOMENTS = ("logits_mean", "logits_deviation", "logits_skew", "logits_kurtosis")
 
 
 def _listed(value: Any) -> Any:
@@ -34,10 +35,11 @@ def _number(value: Any) -> Any:
 
 
 def _clean(value: Any) -> Any:
-    return value.replace("\0", "") if isinstance(value, str) else value
+    return value.replace("\0", "").encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+_MOST = 1e30
+Number = Annotated[float, BeforeValidator(_number), Field(ge=-_MOST, le=_MOST)]
 Token = Annotated[str, BeforeValidator(_clean), Field(max_length=1_000)]
 Numbers = Annotated[list[Number], BeforeValidator(_listed), Field(max_length=1_000)]
 Places = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], BeforeValidator(_listed), Field(max_length=1_000)]
@@ -53,8 +55,8 @@ class ActivationRow(Row):
 
     tokens: Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)]
     values: Annotated[list[Number], Field(max_length=MAX_TOKENS)]
-    bin_min: Annotated[float | None, Field(alias="binMin")] = None
-    bin_max: Annotated[float | None, Field(alias="binMax")] = None
+    bin_min: Annotated[float | None, Field(alias="binMin", ge=-_MOST, le=_MOST)] = None
+    bin_max: Annotated[float | None, Field(alias="binMax", ge=-_MOST, le=_MOST)] = None
     bin_contains: Annotated[float | None, Field(alias="binContains")] = None
     title: Annotated[str | None, Field(alias="dataTitle", max_length=1_000)] = None
 
@@ -68,11 +70,11 @@ class FeatureRow(Row):
     """One feature's statistics. sae_dashboard and Neuronpedia agree on all names but the index's."""
 
     index: Annotated[int, Field(ge=0, lt=MAX_INDEX)]
-    max_act: Annotated[float | None, Field(alias="maxActApprox")] = None
+    max_act: Annotated[Number | None, Field(alias="maxActApprox")] = None
     frac_nonzero: Number = 0.0
     n_active: int | None = Field(None, ge=0, lt=2**63)
     n_tokens: int | None = Field(None, ge=0, lt=2**63)
-    mean_act: float | None = None
+    mean_act: Number | None = None
     freq_hist_data_bar_heights: Numbers = Field(default_factory=list[float])
     freq_hist_data_bar_values: Numbers = Field(default_factory=list[float])
     logits_hist_data_bar_heights: Numbers = Field(default_factory=list[float])
@@ -88,6 +90,12 @@ class FeatureRow(Row):
     neuron_alignment_indices: Places = Field(default_factory=list[int])
     neuron_alignment_values: Numbers = Field(default_factory=list[float])
     interval_counts: list[int] | None = Field(None, max_length=255)
+    logits_low: Number | None = None
+    logits_high: Number | None = None
+    logits_mean: Number | None = None
+    logits_deviation: Number | None = None
+    logits_skew: Number | None = None
+    logits_kurtosis: Number | None = None
 
 
 class ExplanationRow(Row):
@@ -100,14 +108,14 @@ class ExplanationRow(Row):
 
 @dataclass(frozen=True)
 class Sparse:
-    """An example as it is kept: the number of its context, and where it is not zero."""
+    """An example as it waits: where it is not zero, and the number of its context."""
 
-    context: int
     is_top: bool
     middle: float
     """Middle of its band of activation; the peak itself where there is no band."""
     positions: list[int]
     values: list[float]
+    context: int = 0
 
 
 def judged(kind: type[Any], row: Any, place: str) -> Any:
@@ -122,7 +130,7 @@ def judged(kind: type[Any], row: Any, place: str) -> Any:
         raise BadFile(f"{place}: {where}: {first['msg']}; it is {str(first['input'])[:60]!r}.") from None
 
 
-def sparse(row: ActivationRow, context: int, place: str) -> Sparse | None:
+def sparse(row: ActivationRow, place: str) -> Sparse | None:
     """Return what is active in an example; None when nothing is. Raises BadFile when lengths differ."""
     if len(row.tokens) != len(row.values):
         raise BadFile(f"{place}: {len(row.tokens)} tokens, but {len(row.values)} values.")
@@ -132,7 +140,7 @@ def sparse(row: ActivationRow, context: int, place: str) -> Sparse | None:
     values = [row.values[i] for i in positions]
     bounds = (row.bin_min, row.bin_max)
     middle = max(values) if row.is_top or None in bounds else (bounds[0] + bounds[1]) / 2  # type: ignore[operator]
-    return Sparse(context, row.is_top, float(middle), positions, values)
+    return Sparse(row.is_top, float(middle), positions, values)
 
 
 def evidence_of(
@@ -141,7 +149,7 @@ def evidence_of(
     """Make evidence of a feature's row and its examples. `tokens_seen` is the run's, where it is known."""
     peak = max([row.max_act or 0.0, *(max(e.values) for e in found)], default=0.0)
     n_active, n_tokens = _counts(row, tokens_seen)
-    low, high = _ends(row.logits_hist_data_bar_values)
+    low, high = _logit_ends(row)
     neighbours = [pair for pair in zip(row.topkCosSimIndices, row.topkCosSimValues, strict=False) if pair[0] < d_sae]
     correlated = [
         pair
@@ -158,20 +166,21 @@ def evidence_of(
         mean_act=row.mean_act if row.mean_act is not None else _mean(row),
         histogram=_histogram(row, peak),
         top=tuple(sorted((_example(e) for e in found if e.is_top), key=lambda e: -e.max)),
-        intervals=_intervals([e for e in found if not e.is_top], peak, row, n_active),
+        intervals=_intervals([e for e in found if not e.is_top], peak, row),
         top_logit_ids=_ints(token_id(token) for token, _ in positive),
         top_logits=_floats(value for _, value in positive),
         bottom_logit_ids=_ints(token_id(token) for token, _ in negative),
         bottom_logits=_floats(value for _, value in negative),
         logits_low=low,
         logits_high=high,
-        logits_histogram=_ints(max(round(h), 0) for h in row.logits_hist_data_bar_heights),
+        logits_histogram=_ints(_count(h) for h in row.logits_hist_data_bar_heights),
         neighbours=_ints(index for index, _ in neighbours),
         cosines=_floats(value for _, value in neighbours),
         correlated=_ints(index for index, _ in correlated),
         pearson=_floats(value for _, value in correlated),
         neurons=_ints(index for index, _ in neurons),
         neuron_weights=_floats(value for _, value in neurons),
+        **_moments(row),
     )
 
 
@@ -205,7 +214,18 @@ def feature_row(evidence: FeatureEvidence, index: int, string: Callable[[int], s
         "neuron_alignment_values": evidence.neuron_weights.tolist(),
         "neuron_alignment_l1": [],
         "interval_counts": [interval.count for interval in evidence.intervals],
+        "logits_low": evidence.logits_low,
+        "logits_high": evidence.logits_high,
+        **{name: _known(getattr(evidence, name)) for name in _LOGIT_MOMENTS},
     }
+
+
+def _moments(row: FeatureRow) -> dict[str, Any]:
+    return {name: math.nan if getattr(row, name) is None else getattr(row, name) for name in _LOGIT_MOMENTS}
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def examples_of(evidence: FeatureEvidence) -> Iterable[tuple[Example, tuple[float, float, float]]]:
@@ -254,36 +274,46 @@ def _histogram(row: FeatureRow, peak: float) -> Any:
     n = min(len(heights), len(values))
     bins = np.zeros(n, dtype=np.int64)
     for height, value in zip(heights, values, strict=False):
-        place = int(value / peak * n) if peak > 0 else 0
-        bins[min(max(place, 0), n - 1)] += max(round(height), 0)
+        bins[min(int(_share(value, peak) * n), n - 1)] += _count(height)
     return bins
 
 
-def _intervals(found: list[Sparse], peak: float, row: FeatureRow, n_active: int) -> tuple[Interval, ...]:
+def _share(value: float, peak: float) -> float:
+    return min(max(value / peak, 0.0), 1.0) if peak > 0 else 0.0
+
+
+def _count(height: float) -> int:
+    return min(max(round(height), 0), 2**32 - 1)
+
+
+def _intervals(found: list[Sparse], peak: float, row: FeatureRow) -> tuple[Interval, ...]:
     """Sort examples into our bands of equal width over [0, peak], highest first."""
     bounds = np.linspace(peak, 0.0, N_INTERVALS + 1).tolist()
     groups: list[list[Example]] = [[] for _ in range(N_INTERVALS)]
     for example in found:
-        share = example.middle / peak if peak > 0 else 0.0
-        groups[min(max(int((1 - share) * N_INTERVALS), 0), N_INTERVALS - 1)].append(_example(example))
+        groups[_band(example.middle, peak)].append(_example(example))
     counts = row.interval_counts if len(row.interval_counts or ()) == N_INTERVALS else None
     if counts is None:
         bars = zip(row.freq_hist_data_bar_values, row.freq_hist_data_bar_heights, strict=False)
         counts = [0] * N_INTERVALS
         for value, height in bars:
-            place = int((1 - value / peak) * N_INTERVALS) if peak > 0 else 0
-            counts[min(max(place, 0), N_INTERVALS - 1)] += max(round(height), 0)
-    return tuple(
-        Interval(bounds[i + 1], bounds[i], max(counts[i], 0), tuple(groups[i])) for i in range(N_INTERVALS)
-    )
+            counts[_band(value, peak)] += _count(height)
+    return tuple(Interval(bounds[i + 1], bounds[i], _count(counts[i]), tuple(groups[i])) for i in range(N_INTERVALS))
 
 
-def _ends(middles: Sequence[float]) -> tuple[float, float]:
-    """The outer edges of equal bins, from their middles."""
-    if not middles:
-        return 0.0, 0.0
-    half = (middles[-1] - middles[0]) / max(len(middles) - 1, 1) / 2
-    return middles[0] - half, middles[-1] + half
+def _band(value: float, peak: float) -> int:
+    return min(int((1 - _share(value, peak)) * N_INTERVALS), N_INTERVALS - 1)
+
+
+def _logit_ends(row: FeatureRow) -> tuple[float, float]:
+    """The range of logit effects: said, or the outer edges of the histogram's equal bins; no listed logit lies out."""
+    middles = row.logits_hist_data_bar_values
+    half = (middles[-1] - middles[0]) / max(len(middles) - 1, 1) / 2 if middles else 0.0
+    edges = [middles[0] - half, middles[-1] + half] if middles else []
+    if row.logits_low is not None and row.logits_high is not None:
+        edges = [row.logits_low, row.logits_high]
+    edges += [*row.pos_values, *row.neg_values]
+    return min(edges, default=0.0), max(edges, default=0.0)
 
 
 def _example(found: Sparse) -> Example:

@@ -62,6 +62,8 @@ class Try:
     """The text stands in the address; the page asks for the answer once it is shown."""
     loading: tuple[Loading, ...] = ()
     """What the worker loads before it can answer; the box asks again."""
+    weightless: bool = False
+    """Nothing can be computed: the evidence was imported without model or SAE."""
 
     @property
     def answered(self) -> bool:
@@ -329,7 +331,7 @@ def _whole(
     """Return a context from end to end, or None when it is no example, active or not, of the feature."""
     assert record.harvest is not None
     size, bos = record.harvest.context_size, record.harvest.bos_token_id
-    words, special = catalog.vocabulary_of(settings, record.card.id), frozenset(record.card.special_token_ids)
+    words, special = catalog.words_of(settings, record.card.id, record.harvest), record.special_token_ids
     whole = present.WIDTHS["all"]
     active = [*unpacked.top, *(e for i in unpacked.intervals for e in i.examples)]
     example = next((e for e in active if e.context == wanted), None)
@@ -446,7 +448,7 @@ def load(
         around=around,
         view=view,
         examples=Examples(record.path, view, record.harvest, chosen),
-        attempt=attempt or Try(record.path, text, pending=bool(text.strip())),
+        attempt=attempt or _untried(settings, record, text),
         choices=chosen,
     )
 
@@ -457,6 +459,11 @@ def _others(unpacked: FeatureEvidence | None) -> list[int]:
         return []
     named = [silent.neighbour for silent in unpacked.hard_negatives if silent.neighbour is not None]
     return [*unpacked.neighbours.tolist(), *unpacked.correlated.tolist(), *named]
+
+
+def _untried(settings: Settings, record: FeatureRecord, text: str) -> Try:
+    weightless = not (record.source.has_weights and catalog.has_model_weights(settings, record.card.id))
+    return Try(record.path, text, pending=bool(text.strip()) and not weightless, weightless=weightless)
 
 
 def _evidence(record: FeatureRecord) -> FeatureEvidence | None:
@@ -474,12 +481,12 @@ def _view(
     size, bos = (harvest.context_size, harvest.bos_token_id) if harvest else (0, None)
     return present.feature_view(
         unpacked,
-        catalog.vocabulary_of(settings, record.card.id),
+        catalog.words_of(settings, record.card.id, record.harvest),
         rows,
         (lambda row: reader.context(row, size, bos)) if reader else None,
         (lambda row, position: reader.title(row, position, size, bos)) if reader else None,
         bos=bos,
-        special=frozenset(record.card.special_token_ids),
+        special=record.special_token_ids,
         width=chosen.width,
         per_example=chosen.scale == "example",
         effects=evidence.unpack_effects(record.effects) if record.effects is not None else (),
