@@ -83,6 +83,11 @@ RESERVED = frozenset(
 )
 """First segments of addresses that mean something else: no model may be called so."""
 
+IMPORTED = "imported"
+"""The tokenizer of evidence that came without its model: tokens are strings with a vocabulary of their own."""
+NO_WEIGHTS = "none-"
+"""How the weights' hash of a source begins that has none."""
+
 PAGE_SIZE = 50
 DENSE = 0.1
 """Features active on more than this fraction of tokens are called dense."""
@@ -140,7 +145,7 @@ class SourceCard:
     @property
     def has_weights(self) -> bool:
         """False for evidence that was imported without its SAE."""
-        return not self.sae_hash.startswith("none-")
+        return not self.sae_hash.startswith(NO_WEIGHTS)
 
     @property
     def prepend_bos(self) -> bool:
@@ -183,7 +188,7 @@ class HarvestCard:
     @property
     def imported(self) -> bool:
         """Its tokens are strings that came with it, not ids of the model's tokenizer."""
-        return self.tokenizer_hash == "imported"
+        return self.tokenizer_hash == IMPORTED
 
     @property
     def partial(self) -> bool:

@@ -24,6 +24,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from app import harvests
+from app.catalog import IMPORTED, NO_WEIGHTS
 from app.corpora import VOCABULARY
 from app.documents import Report
 from app.errors import BadFile, Conflict, TooLarge
@@ -35,8 +36,6 @@ from app.settings import Settings
 from app.tables import Corpus, Explanation, Feature, Harvest, Model, Source
 from app.tokens import write_vocabulary
 
-NO_WEIGHTS = "none-"
-"""How the weights' hash of a source begins that has none."""
 MAX_VOCABULARY = 4_000_000
 _MAX_SHARED = 2_000_000
 """Contexts remembered so that a text that several features show is stored once; beyond, it is stored again."""
@@ -154,7 +153,7 @@ class Intake:
             (fresh / "documents.json").write_text(json.dumps(about))
             digest.update((fresh / "documents.json").read_bytes())
             name = digest.hexdigest()[:16]
-            target = directory / name / f"tokens-{_TOKENIZER}"
+            target = directory / name / f"tokens-{IMPORTED}"
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.rename(fresh, target)
@@ -170,7 +169,9 @@ class Intake:
 
     def _context(self, row: ActivationRow) -> int:
         ids: npt.NDArray[np.uint32] = np.array([self.token_id(token) for token in row.tokens], dtype="<u4")
-        key = hashlib.blake2b(ids.tobytes(), digest_size=12).digest()
+        # A context that runs over several documents is titled by where its feature peaks.
+        title = (row.title or "")[:500]
+        key = hashlib.blake2b(ids.tobytes() + title.encode(), digest_size=12).digest()
         there = self._contexts.get(key)
         if there is not None:
             return there
@@ -179,7 +180,7 @@ class Intake:
             self._contexts[key] = number
         self._stream.write(ids.tobytes())
         self._lengths.append(len(ids))
-        self._titles.append((row.title or "")[:500])
+        self._titles.append(title)
         return number
 
     def _record(self, index: int, d_sae: int, tokens_seen: int) -> FeatureRecord:
@@ -210,9 +211,6 @@ class Intake:
             if row.typeName == HEURISTIC:
                 return row.description
         return ""
-
-
-_TOKENIZER = "imported"
 
 
 @contextmanager
@@ -253,7 +251,7 @@ def catalogue(session: Session, settings: Settings, place: Place, rows: Intake, 
     corpus = _corpus(session, place, rows.write_stream(settings.data_dir / "corpora"), rows)
     harvest = Harvest(
         corpus_id=corpus.id,
-        tokenizer_hash=_TOKENIZER,
+        tokenizer_hash=IMPORTED,
         context_size=rows.context_size,
         bos_token_id=None,
         n_tokens=place.tokens_seen,

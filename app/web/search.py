@@ -11,11 +11,12 @@ from starlette.responses import RedirectResponse, Response
 
 from app import catalog, embeddings, evidence, meaning, present, search
 from app.catalog import ModelEntry
-from app.corpora import Stream, tokens_dir
+from app.corpora import VOCABULARY, Stream, tokens_dir
 from app.labelindex import Index, LabelIndex
 from app.present import Window
 from app.search import Hit, Results, Scope
 from app.settings import Settings
+from app.tokens import vocabulary
 from app.web.pages import Config, Db, partial, query, render
 
 router = APIRouter()
@@ -169,5 +170,8 @@ def top_window(settings: Settings, found: search.Example, model_id: str, special
         return None
     example = unpacked.top[0]
     ids = Stream.open(directory).context(example.context, found.context_size, found.bos)
-    words = catalog.vocabulary_of(settings, model_id)
+    if found.tokenizer_hash == catalog.IMPORTED:
+        words, special = vocabulary(directory / VOCABULARY), frozenset()
+    else:
+        words = catalog.vocabulary_of(settings, model_id)
     return present.window_of(example, ids, words, EXAMPLE_WIDTH, unpacked.max_act, found.bos, special)
