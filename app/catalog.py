@@ -619,8 +619,8 @@ def model_ref(settings: Settings, model_id: str) -> ModelRef:
 
 
 def has_model_weights(settings: Settings, model_id: str) -> bool:
-    """Tell whether a model is installed, or only known from a bundle or an import."""
-    return (settings.model_dir(model_id) / "card.json").is_file()
+    """Tell whether a model has a directory, or is only known from an import."""
+    return settings.model_dir(model_id).is_dir()
 
 
 def vocabulary_of(settings: Settings, model_id: str) -> Vocabulary:
