@@ -34,6 +34,7 @@ from app import (
     jobs,
     log,
     models,
+    origins,
     supervisor,
     validations,
     weights,
@@ -367,7 +368,7 @@ def show_sae(source: ModelSource) -> None:
         "evidence": f"{harvest.n_tokens:,} tokens of {harvest.corpus}" if harvest else "none yet",
         "check": f"{checked.heading}. {' '.join(checked.findings)}" if checked else "not done",
         **{f"metrics.{key}": value for key, value in card.metrics.items() if key != "validation"},
-        **{f"origin.{key}": value for key, value in card.origin.items()},
+        **dict(origins.words(card.origin)),
     }
     for key, value in facts.items():
         table.add_row(key, escape(_number(value)))

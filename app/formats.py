@@ -238,7 +238,10 @@ def _read_sparsify(directory: Path, hints: Hints, settings: Settings) -> Foreign
     config = read_json(directory / CONFIG)
     for name in ("transcode", "skip_connection", "signed", "matching_pursuit"):
         if config.get(name):
-            raise BadFile(f"{CONFIG}: {name} is set; of sparsify's coders the TopK autoencoder is known.")
+            raise BadFile(
+                f"{CONFIG}: {name} is set; of sparsify's coders the TopK autoencoder is known. "
+                "SAELens has no architecture for the others; add the autoencoder of the same layer instead."
+            )
     if config.get("activation", "topk") != "topk":
         raise BadFile(f"{CONFIG}: activation {str(config['activation'])[:40]!r} is not known; topk is.")
     arrays = tensorfile.load(directory / "sae.safetensors", settings.max_sae_bytes)
@@ -462,7 +465,8 @@ def _read_llama_scope(directory: Path, _hints: Hints, settings: Settings) -> For
     )
     if config.get("hook_point_out", config.get("hook_point_in")) != config.get("hook_point_in"):
         raise BadFile(
-            "hyperparams.json: hook_point_out differs from hook_point_in; Llama Scope's transcoders are not read."
+            "hyperparams.json: hook_point_out differs from hook_point_in; Llama Scope's transcoders are not read. "
+            "Its SAEs are, and transcoders saved by SAELens."
         )
     threshold = _positive("jump_relu_threshold", config.get("jump_relu_threshold"))
     arrays = tensorfile.load(weights, settings.max_sae_bytes)

@@ -139,7 +139,13 @@ def _chosen(wanted: Place, names: list[str]) -> list[str]:
     folders = sorted({name.partition("/")[0] for name in inside if "/" in name})
     holds = ", ".join(sorted(own)[:6]) or "no files"
     more = f" Its folders are {', '.join(folders[:8])}{', ...' if len(folders) > 8 else ''}." if folders else ""
-    raise BadFile(f"{wanted.where} holds no .safetensors or .npz weights, but {holds}; pickles are not fetched.{more}")
+    way = (
+        "pickles are not fetched. Download that folder yourself and add the directory: its ae.pt is then opened by a "
+        f"process of its own that accepts tensors alone (hf download {wanted.repo}, then sae-atlas sae add DIRECTORY)."
+        if "ae.pt" in own
+        else "pickles are not fetched."
+    )
+    raise BadFile(f"{wanted.where} holds no .safetensors or .npz weights, but {holds}; {way}{more}")
 
 
 def _bar(report: Report, total: int) -> Any:
@@ -181,7 +187,8 @@ def release(name: str, sae_id: str) -> Place:
         raise NotFound(f"{name} has no SAE {sae_id[:100]!r}, but {len(saes)}: {', '.join(near)}, ...")
     if entry.get("conversion_func") not in _READABLE:
         raise BadFile(
-            f"SAELens reads {name} with its converter {entry['conversion_func']!r}; that format is not known here."
+            f"SAELens reads {name} with its converter {entry['conversion_func']!r}; that format is not known here. "
+            "Load it with sae-lens, save it by SAE.save_model, and add that directory."
         )
     sae = saes[sae_id]
     found = place(entry["repo_id"], str(sae["path"]))

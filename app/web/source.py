@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from app import catalog, harvests, maps, saecharts, tablefiles, validations
+from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
 from app.placement import placement
 from app.present import amount, percent
@@ -297,7 +297,7 @@ def source_page(
         metrics=tuple(m for m in measured if m.about),
         more_metrics=tuple(m for m in measured if not m.about),
         config=facts(found.config),
-        origin=facts({key: value for key, value in found.origin.items() if key != "spec"}),
+        origin=origins.words({key: value for key, value in found.origin.items() if key != "spec"}),
         recipe=facts(spec) if isinstance(spec := found.origin.get("spec"), Mapping) else (),
         figures=saecharts.figures(harvest.summary) if harvest else (),
         thumbnail=saecharts.thumbnail(drawn) if drawn else None,

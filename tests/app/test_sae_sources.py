@@ -241,6 +241,11 @@ def test_a_release_is_fetched_takes_neuronpedias_name_and_is_linked(shell: Shell
     assert f'href="https://www.neuronpedia.org/{place.neuronpedia_id}"' in page.text
 
 
+def test_a_dictionary_on_the_hub_is_not_fetched_and_the_way_on_is_said() -> None:
+    with pytest.raises(BadFile, match=r"pickles are not fetched. Download that folder yourself and add the directory"):
+        hub._chosen(hub.place("a/saes", "layer_3"), ["layer_3/ae.pt", "layer_3/config.json"])
+
+
 # Directories -----------------------------------------------------------------------------------------------------
 
 

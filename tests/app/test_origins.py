@@ -1,0 +1,28 @@
+"""What is said of where an SAE comes from."""
+
+from __future__ import annotations
+
+from app import origins
+
+
+def test_a_trained_sae_names_its_job_and_what_tells_runs_apart_not_every_setting() -> None:
+    spec = {"corpus": "demo", "n_tokens": 2_600_000, "lr": 0.001, "seed": 0, "aux_coefficient": 0.03, "held_out": 0.05}
+    shown = origins.words({"kind": "trained", "job": 2, "spec": spec})
+    assert shown == (
+        ("how", "trained"),
+        ("job", "2"),
+        ("corpus", "demo"),
+        ("tokens", "2,600,000"),
+        ("lr", "0.001"),
+        ("seed", "0"),
+    )
+
+
+def test_a_fetched_sae_names_repository_commit_and_format_and_what_is_not_known_stays() -> None:
+    origin = {"repo": "a/b", "revision": "0f", "format": "sparsify", "bundle": "demo", "more": {"deep": 1}}
+    assert origins.words(origin) == (
+        ("repository on the hub", "a/b"),
+        ("commit", "0f"),
+        ("format", "sparsify"),
+        ("bundle", "demo"),
+    )
