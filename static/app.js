@@ -84,7 +84,7 @@ document.addEventListener("keydown", (event) => {
 
 // Pages that need more than this load it themselves.
 const parts = {
-  "[data-steer]": "./steer.js",
+  "[data-steer], [data-sweep-plot]": "./steer.js",
   "[data-figure]": "./figures.js",
   "[data-map]": "./map.js",
   "[data-lab]": "./prompt.js",

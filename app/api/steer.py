@@ -150,7 +150,7 @@ async def steer(request: Request, body: Steer, session: Db, settings: Config, wo
     """
     check_text(settings, body.prompt)
     run = await begin(request, body, session, settings, worker)
-    return await _answered(request, run, body.stream, _completion)
+    return await _answered(request, run, body.stream, completion)
 
 
 @router.post("/steer-chat")
@@ -262,19 +262,19 @@ async def _answered(request: Request, run: Begun, stream: bool, answer: Answer) 
         return StreamingResponse(_sse(run, answer), 200, _HEADERS, "text/event-stream")
     async with aclosing(run.events):
         async for event in run.events:
-            _take(run.texts, event)
+            take(run.texts, event)
             if await request.is_disconnected():
                 return Response(status_code=499)
-    return _json(await run_in_threadpool(_save, run, answer(run.texts)))
+    return _json(await run_in_threadpool(save, run, answer(run.texts)))
 
 
 async def _sse(run: Begun, answer: Answer) -> AsyncIterator[bytes]:
     async with aclosing(run.events):
         try:
             async for event in run.events:
-                if _take(run.texts, event):
+                if take(run.texts, event):
                     yield _data(answer(run.texts))
-            yield _data(await run_in_threadpool(_save, run, answer(run.texts)))
+            yield _data(await run_in_threadpool(save, run, answer(run.texts)))
         except AtlasError as error:
             yield _data({**answer(run.texts), "error": error.message, "message": error.message})
 
@@ -294,7 +294,7 @@ async def _ndjson(run: Begun) -> AsyncIterator[bytes]:
                         waiting = []
                 elif isinstance(event, End):
                     run.texts.end(event)
-            saved = await run_in_threadpool(_save, run, _completion(run.texts))
+            saved = await run_in_threadpool(save, run, completion(run.texts))
             finish = [[text["name"], text["sample"], text["finish"]] for text in run.texts.rows()]
             yield _line(
                 {
@@ -309,7 +309,7 @@ async def _ndjson(run: Begun) -> AsyncIterator[bytes]:
             yield _line({"event": "error", "error": error.message, "message": error.message})
 
 
-def _completion(texts: Texts) -> dict[str, Any]:
+def completion(texts: Texts) -> dict[str, Any]:
     return {
         "STEERED": texts.of(STEERED).text,
         "DEFAULT": texts.of(DEFAULT).text,
@@ -321,7 +321,7 @@ def _completion(texts: Texts) -> dict[str, Any]:
     }
 
 
-def _take(texts: Texts, event: Event) -> bool:
+def take(texts: Texts, event: Event) -> bool:
     """Add a token; tell whether a step is complete. Raises Unavailable when the run ended badly."""
     if isinstance(event, Token):
         texts.of(event.row, event.sample).add(event, texts.words)
@@ -331,7 +331,7 @@ def _take(texts: Texts, event: Event) -> bool:
     return False
 
 
-def _save(run: Begun, result: dict[str, Any]) -> dict[str, Any]:
+def save(run: Begun, result: dict[str, Any]) -> dict[str, Any]:
     with run.sessions.begin() as session:
         saved = steerings.save(session, run.asked.model.id, run.record, {})
         result = {**result, "id": saved.id, "shareUrl": steerings.path(saved)}

@@ -1,19 +1,31 @@
-"""The steering page: features with strengths, a prompt, and two texts side by side. The JSON API generates them."""
+"""The steering page: features with strengths, a prompt or a conversation, and texts side by side.
+
+The state is in the address. With JavaScript the JSON API generates and streams; without it the form does, and shows the
+finished run under its own address.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Annotated, Any
+from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
-from starlette.responses import Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import RedirectResponse, Response
 
-from app import catalog, search, steerings
+from app import catalog, jobs, search, steering_vectors, steerings
+from app.api import steer as api
+from app.api.inputs import check_text
 from app.catalog import FeatureRow, ModelEntry, NotInCatalog, SourceCard
-from app.errors import NotFound
-from app.protocol import SteerMethod
-from app.web.pages import Config, Db, query, render
+from app.errors import BadInput, NotFound
+from app.protocol import Operation, Positions, SteerMethod
+from app.steering import Completion
+from app.sweeps import Point, Suggestion
+from app.web.pages import Config, Db, Gpu, query, render
 
 router = APIRouter()
 
@@ -21,20 +33,38 @@ PROMPT = "The most important thing to know about the sea is"
 REACH = 4
 """The slider goes to this many times a feature's highest activation, both ways."""
 
-_METHODS = {
-    SteerMethod.ADDITIVE: "add strength × direction",
-    SteerMethod.ORTHOGONAL: "replace what lies along the direction",
-    SteerMethod.CAP: "cap the activation at the strength",
+OPERATIONS = {
+    Operation.ADD: "add",
+    Operation.CLAMP: "clamp to",
+    Operation.SCALE: "scale by",
+    Operation.ABLATE: "ablate",
+    Operation.ORTHOGONAL: "replace share by",
+    Operation.CAP: "cap at",
+}
+POSITIONS = {
+    Positions.ALL: "all tokens",
+    Positions.GENERATED: "generated tokens",
+    Positions.PROMPT: "the prompt",
+    Positions.CHOSEN: "chosen tokens",
+}
+_METHOD_OF = {
+    SteerMethod.ADDITIVE: Operation.ADD,
+    SteerMethod.ORTHOGONAL: Operation.ORTHOGONAL,
+    SteerMethod.CAP: Operation.CAP,
 }
 
 
 @dataclass(frozen=True)
 class Steered:
-    """A feature chosen for steering."""
+    """A feature chosen for steering, or a custom vector: then its label is its own and no page shows it."""
 
     source: str
     feature: FeatureRow
     strength: float
+    operation: Operation = Operation.ADD
+    positions: Positions = Positions.ALL
+    at: str = ""
+    is_vector: bool = False
 
     @property
     def reach(self) -> float:
@@ -43,8 +73,17 @@ class Steered:
         return round(max(usual, abs(self.strength)), 2)
 
     @property
-    def step(self) -> float:
-        return round(self.reach / 200, 4) or 0.01
+    def added(self) -> dict[str, Any]:
+        """What the page needs to add it to its list."""
+        return {
+            "source": self.source,
+            "index": self.feature.index,
+            "label": self.feature.label,
+            "strength": self.strength,
+            "reach": self.reach,
+            "max": self.feature.max_act,
+            "vector": self.is_vector,
+        }
 
 
 @dataclass(frozen=True)
@@ -52,17 +91,31 @@ class SteerPage:
     entry: ModelEntry
     features: tuple[Steered, ...]
     source: str
-    prompt: str
-    temperature: float
-    n_tokens: int
-    seed: int
-    freq_penalty: float
-    method: SteerMethod
+    asked: dict[str, Any]
+    """The form's fields by their names in the API."""
     max_tokens: int
-    default_text: str = ""
-    steered_text: str = ""
+    vectors: tuple[Steered, ...] = ()
+    presets: tuple[tuple[str, str], ...] = ()
+    run: dict[str, Any] = field(default_factory=dict[str, Any])
+    """A saved run's result."""
     run_id: str = ""
-    methods: tuple[tuple[str, str], ...] = tuple((method.value, words) for method, words in _METHODS.items())
+    warnings: tuple[str, ...] = ()
+    problem: str = ""
+    operations: tuple[tuple[str, str], ...] = tuple((o.value, words) for o, words in OPERATIONS.items())
+    places: tuple[tuple[str, str], ...] = tuple((p.value, words) for p, words in POSITIONS.items())
+
+    @property
+    def prompt(self) -> str:
+        return self.asked.get("prompt") or ""
+
+    @property
+    def blank(self) -> Steered:
+        """What a row is before a feature is in it."""
+        return Steered("", FeatureRow(0, "", 0.0, 0.0, "", ""), 0.0)
+
+    @property
+    def chat(self) -> bool:
+        return bool(self.asked.get("steeredChatMessages"))
 
 
 @dataclass(frozen=True)
@@ -74,40 +127,139 @@ class Choices:
     found: tuple[Steered, ...]
 
 
+_DEFAULTS: dict[str, Any] = {
+    "prompt": PROMPT,
+    "temperature": 0.5,
+    "n_tokens": 64,
+    "seed": 16,
+    "freq_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "n_samples": 1,
+    "strength_multiplier": 1.0,
+    "steer_special_tokens": True,
+    "stop": [],
+    "controls": [],
+}
+
+
 @router.get("/{model}/steer")
 def steer_page(
     request: Request,
     model: str,
     session: Db,
     settings: Config,
-    source: Annotated[list[str], Query(max_length=32)] = [],  # noqa: B006 - FastAPI copies it
+    feature: Annotated[list[str], Query(max_length=32)] = [],  # noqa: B006 - FastAPI copies it
+    source: Annotated[list[str], Query(max_length=32)] = [],  # noqa: B006
     index: Annotated[list[str], Query(max_length=32)] = [],  # noqa: B006
     strength: Annotated[list[float], Query(max_length=32)] = [],  # noqa: B006
-    prompt: Annotated[str, Query(max_length=20_000)] = PROMPT,
+    prompt: Annotated[str | None, Query(max_length=20_000)] = None,
+    text: Annotated[str | None, Query(max_length=20_000)] = None,
     temperature: Annotated[float, Query(ge=0, le=100)] = 0.5,
     n_tokens: Annotated[int, Query(ge=1)] = 64,
     seed: Annotated[int, Query(ge=-(2**63), lt=2**63)] = 16,
     freq_penalty: Annotated[float, Query(ge=-100, le=100)] = 0,
+    repetition_penalty: Annotated[float, Query(gt=0, le=100)] = 1,
+    top_p: Annotated[float, Query(gt=0, le=1)] = 1,
+    top_k: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+    min_p: Annotated[float, Query(ge=0, le=1)] = 0,
+    n_samples: Annotated[int, Query(ge=1, le=16)] = 1,
+    multiplier: Annotated[float, Query(ge=-100, le=100)] = 1,
     method: SteerMethod = SteerMethod.ADDITIVE,
+    preset: Annotated[str, Query(max_length=40)] = "",
 ) -> Response:
+    """Show the page. `feature` is source:index[:strength[:operation[:positions]]]; source, index, strength still do."""
     entry = catalog.model_entry(session, model)
+    asked = _DEFAULTS | {
+        "prompt": next((p for p in (text, prompt) if p is not None), PROMPT),
+        "temperature": temperature,
+        "n_tokens": min(n_tokens, settings.max_new_tokens),
+        "seed": seed,
+        "freq_penalty": freq_penalty,
+        "repetition_penalty": repetition_penalty,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "n_samples": n_samples,
+        "strength_multiplier": multiplier,
+    }
+    if preset:
+        kept = steerings.preset(session, model, preset).settings
+        return render(
+            request, "steer.html", _page(session, settings, entry, _DEFAULTS | kept, kept.get("features", []))
+        )
     chosen = [
-        _steered(session, entry, source[min(i, len(source) - 1)] if source else "", index[i], _at(strength, i))
+        _steered(
+            session,
+            entry,
+            source[min(i, len(source) - 1)] if source else "",
+            index[i],
+            _at(strength, i),
+            _METHOD_OF[method],
+        )
         for i in range(len(index))
     ]
-    page = SteerPage(
-        entry=entry,
-        features=tuple(chosen),
-        source=source[0] if source else "",
-        prompt=prompt,
-        temperature=temperature,
-        n_tokens=min(n_tokens, settings.max_new_tokens),
-        seed=seed,
-        freq_penalty=freq_penalty,
-        method=method,
-        max_tokens=settings.max_new_tokens,
-    )
+    chosen += [_named(session, entry, one) for one in feature]
+    page = _page(session, settings, entry, asked, [], tuple(chosen), source=source[0] if source else "")
     return render(request, "steer.html", page)
+
+
+def _page(
+    session: Session,
+    settings: Config,
+    entry: ModelEntry,
+    asked: dict[str, Any],
+    features: Sequence[dict[str, Any]],
+    chosen: tuple[Steered, ...] = (),
+    **more: Any,
+) -> SteerPage:
+    chosen += tuple(_recorded(session, entry, f) for f in features)
+    vectors = tuple(_vector(v, None) for v in steering_vectors.owned(session, entry.card.id))
+    presets = tuple((p.id, p.name) for p in steerings.presets(session, entry.card.id))
+    more = {"source": ""} | more
+    return SteerPage(
+        entry, chosen, asked=asked, max_tokens=settings.max_new_tokens, vectors=vectors, presets=presets, **more
+    )
+
+
+@router.post("/{model}/steer")
+async def steer_form(request: Request, model: str, session: Db, settings: Config, worker: Gpu) -> Response:
+    """Run the form of a browser without JavaScript and go to the run's address."""
+    fields = parse_qs((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
+    entry = await run_in_threadpool(catalog.model_entry, session, model)
+    body = _form(model, fields)
+    if fields.get("add", [""])[0].strip():
+        address = [f"{f.source}:{f.index}:{f.strength}:{f.operation}:{f.positions}" for f in body.features]
+        added = fields["add"][0].strip().replace("/", ":")
+        kept = {"feature": [*address, added], "text": body.prompt, "seed": body.seed, "temperature": body.temperature}
+        return RedirectResponse(f"{entry.path}/steer{query(kept)}", 303)
+    check_text(settings, body.prompt)
+    run = await api.begin(request, body, session, settings, worker)
+    run.texts.start(run.asked, run.start)
+    async with aclosing(run.events):
+        async for event in run.events:
+            api.take(run.texts, event)
+    saved = await run_in_threadpool(api.save, run, api.completion(run.texts))
+    return RedirectResponse(saved["shareUrl"], 303)
+
+
+def _form(model: str, fields: dict[str, list[str]]) -> Completion:
+    """The form's fields as a request. Raises BadInput for what is no number where one belongs."""
+    names = ("source", "index", "strength", "operation", "positions")
+    rows = list(zip(*(fields.get(name, []) for name in names), strict=False))
+    features = [{"modelId": model, **dict(zip(names, row, strict=True))} for row in rows]
+    plain = {
+        name: fields[name][0] for name in _DEFAULTS if fields.get(name, [""])[0] and name not in ("stop", "controls")
+    }
+    try:
+        return Completion.model_validate(
+            {**plain, "modelId": model, "features": features, "prompt": fields.get("prompt", [""])[0], "n_logprobs": 5}
+            | {"controls": fields.get("controls", [])}
+        )
+    except ValueError as error:
+        raise BadInput(f"The form holds something that is not usable: {str(error).splitlines()[1]}") from None
 
 
 @router.get("/{model}/steer/features")
@@ -133,6 +285,48 @@ def choices(
     return render(request, "_choices.html", Choices(entry.path, q, tuple(found)))
 
 
+@dataclass(frozen=True)
+class SweepPage:
+    """A sweep that has been made, or is being made."""
+
+    entry: ModelEntry
+    job: jobs.Job
+    names: tuple[str, ...]
+    prompt: str
+    points: tuple[Point, ...]
+    suggested: Suggestion | None
+    plot: dict[str, Any]
+
+    @property
+    def moving(self) -> bool:
+        return self.job.state in ("queued", "running")
+
+
+@router.get("/{model}/steer/sweep/{job_id}")
+def sweep_page(request: Request, model: str, job_id: str, session: Db) -> Response:
+    """Show a sweep's table and trade-off; while its job goes on, how far it is."""
+    entry = catalog.model_entry(session, model)
+    job = jobs.get(session, catalog.parse_index(job_id))
+    if job.kind != "sweep" or job.spec.get("modelId") != entry.card.id:
+        raise NotFound(f"Job {job_id[:20]} is no sweep of {entry.card.id}.")
+    points = tuple(Point.model_validate(p) for p in job.result.get("points", []))
+    features = job.spec["features"]
+    names = tuple(
+        f"{f.get('source') or f.get('layer')}/{f['index']}" for f in (features[a["feature"]] for a in job.spec["axes"])
+    )
+    suggested = job.result.get("suggested")
+    page = SweepPage(
+        entry,
+        job,
+        names,
+        job.spec.get("prompt") or job.spec["steeredChatMessages"][-1]["content"],
+        points,
+        Suggestion.model_validate(suggested) if suggested else None,
+        {"points": [p.model_dump() for p in points], "suggested": suggested, "names": names},
+    )
+    return render(request, "sweep.html", page)
+
+
 @router.get("/{model}/steer/{run_id}")
 def replay(request: Request, model: str, run_id: str, session: Db, settings: Config) -> Response:
     """Show a saved run as it was; nothing is generated again."""
@@ -140,36 +334,79 @@ def replay(request: Request, model: str, run_id: str, session: Db, settings: Con
     run = steerings.get(session, run_id)
     if run.model_id != entry.card.id:
         raise NotFound(f"Run {run_id[:40]} was made with another model, {run.model_id}.")
-    asked: dict[str, Any] = run.request
-    page = SteerPage(
-        entry=entry,
-        features=tuple(
-            _steered(session, entry, f["layer"], str(f["index"]), float(f["strength"])) for f in asked["features"]
-        ),
-        source="",
-        prompt=asked["prompt"],
-        temperature=asked["temperature"],
-        n_tokens=asked["n_tokens"],
-        seed=asked["seed"],
-        freq_penalty=asked["freq_penalty"],
-        method=SteerMethod(asked["steer_method"]),
-        max_tokens=settings.max_new_tokens,
-        default_text=run.result.get("DEFAULT", ""),
-        steered_text=run.result.get("STEERED", ""),
+    asked: dict[str, Any] = _DEFAULTS | run.request
+    page = _page(
+        session,
+        settings,
+        entry,
+        asked,
+        asked["features"],
+        run=run.result,
         run_id=run.id,
+        warnings=tuple(_changed(session, entry, asked)),
     )
     return render(request, "steer.html", page)
 
 
-def _steered(session: Session, entry: ModelEntry, source: str, index: str, strength: float | None = None) -> Steered:
-    """Return a chosen feature. Raises NotInCatalog."""
+def _changed(session: Session, entry: ModelEntry, asked: dict[str, Any]) -> list[str]:
+    """What is no longer what the run was made with."""
+    found: list[str] = []
+    if asked.get("modelHash") not in (None, entry.card.hash):
+        found.append(f"{entry.card.id} has other weights now than when this run was made.")
+    for f in asked["features"]:
+        source = next((s for s in entry.sources if s.name == f["layer"]), None)
+        if source is not None and f.get("saeHash") not in (None, source.sae_hash):
+            found.append(f"{source.name} is another SAE now ({source.sae_hash[:12]}) than then ({f['saeHash'][:12]}).")
+    return found
+
+
+def _recorded(session: Session, entry: ModelEntry, f: dict[str, Any]) -> Steered:
+    """A feature of a saved run or preset."""
+    operation = Operation(f.get("operation") or Operation.ADD)
+    positions = Positions(f.get("positions") or Positions.ALL)
+    at = ", ".join(map(str, f.get("at") or []))
+    source = str(f.get("layer") or f.get("source") or "")
+    return _steered(session, entry, source, str(f["index"]), float(f["strength"]), operation, positions, at)
+
+
+def _named(session: Session, entry: ModelEntry, text: str) -> Steered:
+    """source:index[:strength[:operation[:positions]]]. Raises BadInput."""
+    source, index, strength, operation, positions = (text.split(":") + [""] * 5)[:5]
+    if not index:
+        source, index = "", source
+    try:
+        return _steered(
+            session,
+            entry,
+            source,
+            index,
+            float(strength) if strength else None,
+            Operation(operation or "add"),
+            Positions(positions or "all"),
+        )
+    except ValueError:
+        raise BadInput(f"{text[:80]!r} is no feature; write source:index:strength, such as 12-demo:24:8.") from None
+
+
+def _vector(vector: steering_vectors.SteeringVector, strength: float | None, *more: Any) -> Steered:
+    row = FeatureRow(vector.id, vector.label, 0.0, 0.0, "", "")
+    own = vector.default_strength if strength is None else strength
+    return Steered(steering_vectors.source_of(vector), row, own, *more, is_vector=True)
+
+
+def _steered(
+    session: Session, entry: ModelEntry, source: str, index: str, strength: float | None = None, *more: Any
+) -> Steered:
+    """Return a chosen feature or vector. Raises NotInCatalog."""
+    if steering_vectors.is_address(source):
+        return _vector(steering_vectors.get(session, entry.card.id, source, index), strength, *more)
     number = catalog.parse_index(index)
     found = _source(entry, source, number) or catalog.source_card(session, entry.card.id, source)
     if number >= found.d_sae:
         raise catalog.past_the_end(found, number)
     rows = catalog.rows(session, found, [number])
     feature = rows.get(number) or FeatureRow(number, "", 0.0, 0.0, "", "")
-    return Steered(found.name, feature, _usual(feature) if strength is None else strength)
+    return Steered(found.name, feature, _usual(feature) if strength is None else strength, *more)
 
 
 def _source(entry: ModelEntry, name: str, index: int) -> SourceCard | None:

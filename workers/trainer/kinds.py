@@ -145,6 +145,7 @@ _REGISTRY = {
     "embed": "workers.trainer.embed:Embed",
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
+    "sweep": "workers.trainer.sweep:Sweep",
     "validate": "workers.trainer.validate:Validate",
     "map": "workers.trainer.map:DrawMap",
     "match": "workers.trainer.match:MatchSources",
