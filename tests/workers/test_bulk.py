@@ -44,17 +44,7 @@ def settings(tiny: Tiny, tmp_path: Path) -> Settings:
     with db.sessions(engine).begin() as session:
         session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
         session.flush()
-        session.add(
-            Source(
-                model_id="tiny",
-                name="1-topk",
-                set_name="topk",
-                sae_hash="topk",
-                architecture="topk",
-                config={"k": K},
-                **shared,
-            )
-        )
+        session.add(Source(model_id="tiny", name="1-topk", **shared))
     return made
 
 
