@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import bundles, db, harvests
+from app import bundles, db, harvests, maps
 from app.errors import BadFile, Conflict
+from app.evidence import Effect, pack_effects, unpack_effects
 from app.settings import Settings
 from app.tables import Evidence, Explanation, Feature, Source
 from tests.conftest import D_IN, D_SAE
 from tests.tiny import save_sae
+
+EFFECT = Effect(4, 2, 0.5, 0.25, ((3, 0.125),), ((1, -0.5),))
 
 
 def quiet(_share: float, _status: str) -> None:
@@ -49,6 +53,10 @@ def bundle(session: Session, settings: Settings, tmp_path: Path) -> Path:
         )
     )
     session.get_one(Feature, (source.id, 3)).label = "written by hand"
+    one = session.scalars(select(Evidence).where(Evidence.harvest_id == source.harvest_id, Evidence.index == 3)).one()
+    one.effects = pack_effects([EFFECT])
+    places = np.arange(2 * D_SAE).reshape(D_SAE, 2) / (2 * D_SAE)
+    maps.record(session, source, places, np.arange(D_SAE) % 2, [maps.Cluster("(", 0.5, 0.25, 2)] * 2, {"seed": 7})
     bundles.export_bundle(session, settings, "tiny", "1-demo", tmp_path / "bundle", quiet)
     return tmp_path / "bundle"
 
@@ -127,3 +135,19 @@ def test_a_bundle_of_another_version_says_which_is_read(bundle: Path, other: Ses
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BadFile, match=r"version 2.*version 1"):
         bundles.import_bundle(other, elsewhere, bundle, quiet)
+
+
+def test_causal_effects_and_the_map_travel_in_a_bundle(bundle: Path, elsewhere: Settings) -> None:
+    engine = db.connect(elsewhere)
+    db.migrate(engine)
+    with db.sessions(engine).begin() as session:
+        source = bundles.import_bundle(session, elsewhere, bundle, quiet)
+        packed = dict(session.execute(select(Evidence.index, Evidence.effects)).tuples().all())
+        found = maps.map_of(session, source.id)
+    engine.dispose()
+    assert packed[3] is not None
+    assert unpack_effects(packed[3]) == (EFFECT,)
+    assert packed[1] is None
+    assert found is not None
+    assert found.coordinates[3].tolist() == pytest.approx([6 / (2 * D_SAE), 7 / (2 * D_SAE)])
+    assert (found.cluster[3], found.clusters[1], found.about["seed"]) == (1, maps.Cluster("(", 0.5, 0.25, 2), 7)

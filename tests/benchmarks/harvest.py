@@ -31,17 +31,25 @@ def main() -> dict[str, Any]:
         number = itertools.count()
         sides = {
             "bare": lambda: seconds(lambda: _bare(reading)),
-            "reading": lambda: seconds(lambda: _read(reading, Path(scratch) / f"{next(number)}.bin")),
+            "reading": lambda: seconds(lambda: _read([reading], Path(scratch) / f"{next(number)}.bin")),
+            "two SAEs": lambda: seconds(lambda: _read([reading] * 2, Path(scratch) / f"{next(number)}.bin")),
         }
         took = medians(interleaved(sides, ROUNDS, warm_up=1))
         n = N_CONTEXTS * CONTEXT
         whole_corpus = _as_large_as_the_demo(reading, Path(scratch), DEMO_TOKENS // n)
-        assembly = seconds(lambda: sum(1 for _ in harvest.assembled(*whole_corpus, 0, reading.coder.d_sae)))
+        d_sae = reading.coder.d_sae
+        assembly = seconds(lambda: sum(1 for _ in harvest.assembled(*whole_corpus, 0, d_sae)))
+        fewer_latents = seconds(lambda: sum(1 for _ in harvest.assembled(*whole_corpus, 0, d_sae // 2)))
+        half = _as_large_as_the_demo(reading, Path(scratch), DEMO_TOKENS // n // 2)
+        fewer_tokens = seconds(lambda: sum(1 for _ in harvest.assembled(*half, 0, d_sae)))
     whole = took["reading"] * DEMO_TOKENS / n + assembly
     return {
         "bare": f"{n / took['bare']:,.0f} tokens/s",
         "harvest, reading": f"{n / took['reading']:,.0f} tokens/s",
         "ratio": round(took["bare"] / took["reading"], 2),
+        "reading two SAEs in one pass over reading one": round(took["two SAEs"] / took["reading"], 2),
+        "assembling all over half of the latents": round(assembly / fewer_latents, 2),
+        "assembling from all over half of the tokens": round(assembly / fewer_tokens, 2),
         f"assembling {servers.d_sae:,} features": f"{assembly:.1f} s",
         "ratio of a whole harvest of 1.2M tokens (aim >= 0.6)": round(took["bare"] * DEMO_TOKENS / n / whole, 2),
     }
@@ -79,7 +87,15 @@ def _bare(reading: harvest.Reading) -> None:
             torch.addmm(coder.b_enc, x, coder.W_enc)
 
 
-def _read(reading: harvest.Reading, path: Path) -> None:
-    columns = [found for _, [found] in harvest.sparse_activations([reading], np.arange(N_CONTEXTS))]
-    latents, tokens, values = (np.concatenate(column) for column in zip(*columns, strict=True))
-    spill.write(path, latents, tokens, values, reading.coder.d_sae)
+def _read(readings: list[harvest.Reading], path: Path) -> None:
+    columns = [found for _, found in harvest.sparse_activations(readings, np.arange(N_CONTEXTS))]
+    for number, reading in enumerate(readings):
+        parts = zip(*(found[number] for found in columns), strict=True)
+        latents, tokens, values = (np.concatenate(part) for part in parts)
+        spill.write(
+            path.with_stem(f"{path.stem}-{number}" if number else path.stem),
+            latents,
+            tokens,
+            values,
+            reading.coder.d_sae,
+        )
