@@ -58,6 +58,12 @@ def pages(demo: Demo) -> dict[str, str]:
     """An address of every page, by the name of its picture."""
     model, source = f"/{demo.model}", f"/{demo.model}/{demo.source}"
     return {
+        "map": f"{demo.path.removeprefix(demo.url)}/map",
+        "choose": "/compare",
+        "compare": f"/compare?a={demo.model}/{demo.source}/24&b={demo.model}/{demo.source}/127",
+        "compare-saes": f"/compare?a={demo.model}/{demo.source}&b={demo.model}/{demo.source}",
+        "set": f"/{demo.model}?set=demo",
+        "found": "/search?q=cemetery",
         "home": "/",
         "model": model,
         "source": source,
@@ -65,8 +71,6 @@ def pages(demo: Demo) -> dict[str, str]:
         "embed": f"{source}/24/embed",
         "embedded": f"{source}/24?embed=true",
         "palette": f"{source}/24?width=5",
-        "map": f"{source}/map",
-        "compare": f"/compare?a={source[1:]}/24&b={source[1:]}/158",
         "prompt": f"{model}/prompt?text=The+harbour+was+quiet.&sae={demo.source}&at=2",
         "steer": f"{model}/steer?source={demo.source}&index=24",
         "search": "/search?q=fires",
