@@ -117,8 +117,9 @@ def _fact(value: object) -> str:
 
 def _queue(session: Session, settings: Settings, entry: ModelEntry, values: dict[str, str], file: UploadFile) -> int:
     name = _NAME.sub("_", Path(file.filename or "").name)[-80:]
-    directory = settings.data_dir / "uploads"
+    directory = bulk.uploads(settings)
     directory.mkdir(parents=True, exist_ok=True)
+    bulk.sweep_uploads(session, settings)
     path = directory / f"{secrets.token_hex(6)}-{name}"
     asked = {name: values[name] for name in ("source", "text_column", "label_column", "output") if values.get(name)}
     try:

@@ -197,6 +197,39 @@ def test_files_that_cannot_be_used_are_refused_in_words(
         next(bulk.rows_of(tmp_path / "t.pickle", "text", ""))
 
 
+def test_an_upload_goes_once_its_texts_are_copied_and_a_users_own_file_stays(
+    settings: Settings, tmp_path: Path
+) -> None:
+    bulk.uploads(settings).mkdir()
+    sent, own = write(bulk.uploads(settings) / "sent.jsonl", TEXTS, LABELS), write(tmp_path / "own.jsonl", TEXTS, LABELS)
+    job = context(settings, path=str(sent))
+    steps = Bulk().plan(job)
+    assert sent.exists(), "a kill before the plan is recorded plans again"
+    for step in steps:
+        Bulk().run(job, step)
+        assert not sent.exists()
+    assert Bulk().finish(job)["texts"] == len(TEXTS)
+    done(context(settings, 2, path=str(own)))
+    assert own.exists()
+    bad = bulk.uploads(settings) / "bad.jsonl"
+    bad.write_text("{")
+    with pytest.raises(BadFile, match="Line 1"):
+        Bulk().plan(context(settings, 3, path=str(bad)))
+    assert not bad.exists(), "what was refused is not kept"
+
+
+def test_uploads_that_no_job_will_read_are_swept(settings: Settings) -> None:
+    bulk.uploads(settings).mkdir()
+    waits, orphan = (write(bulk.uploads(settings) / name, TEXTS, LABELS) for name in ("waits.jsonl", "orphan.jsonl"))
+    job = context(settings, path=str(waits))
+    with job.sessions() as session:
+        bulk.sweep_uploads(session, settings)
+        assert orphan.exists(), "its job may be on its way"
+        bulk.sweep_uploads(session, settings, older_than=-1)
+    assert waits.exists()
+    assert not orphan.exists()
+
+
 def test_a_job_writes_no_more_than_its_disk(settings: Settings, tmp_path: Path) -> None:
     small = settings.model_copy(update={"cache_bytes": 400})
     with pytest.raises(TooLarge, match="allows 400"):

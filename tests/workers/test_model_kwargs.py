@@ -15,9 +15,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from app import formats, model_kwargs, weights
 from app.errors import BadFile
+from app.protocol import SaeQuery, SaeRef, Target
 from app.settings import Settings
 from tests.tiny import TEXT, save_tiny_model
 from workers.checkpoints import load_sae, save_sae
+from workers.gpu import attribution
+from workers.gpu.encoding import Text, encode
 from workers.install_model import install
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
@@ -169,6 +172,79 @@ def test_its_reconstruction_and_directions_do_to_the_text_what_they_do_in_its_ow
     close(of_ours(lambda x: coder.reconstruct(x.flatten(0, 1)).view(shape)), of_theirs(reference), 1e-4)
     row = 7 * coder.unit_direction(11)
     close(of_ours(lambda x: x + row), of_theirs(lambda x: x + row), 1e-4)
+
+
+@pytest.mark.parametrize("normalise", ["none", "layer_norm", "constant_norm_rescale"])
+def test_a_centred_reconstruction_is_the_sum_of_its_parts(ours: LanguageModel, tmp_path: Path, normalise: str) -> None:
+    coder, _ = sae(tmp_path, CENTRED, normalize_activations=normalise)
+    acts = ours.read(ids(ours), [RESID])[RESID].flatten(0, 1)
+    with torch.no_grad():
+        active, writes, without = coder.parts(acts)
+        summed = without.clone().index_add_(0, active.rows, writes)
+        close(summed, coder.reconstruct(acts))
+        latent, row = int(active.latents[0]), acts[int(active.rows[0])][None]
+        close(active.values[0] * coder.unit_of(row, latent)[0], writes[0])
+
+
+@pytest.mark.parametrize("normalise", ["none", "layer_norm", "constant_norm_rescale"])
+def test_a_logit_is_taken_apart_as_in_the_model_that_a_centred_sae_was_trained_on(
+    ours: LanguageModel, tmp_path: Path, normalise: str
+) -> None:
+    """Each feature's part, the bias and the error are those of transformer-lens' centred stream and sae-lens' SAE."""
+    coder, reference = sae(tmp_path, CENTRED, normalize_activations=normalise)
+    model, text, p = theirs(ours, **CENTRED), ids(ours)[0].tolist(), 9
+    found = attribution.attribute(ours, coder, text, Target(position=p, token=7, against=11), 1000)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(torch.tensor([text]))
+        y, r = cache[RESID][0, p], cache[f"blocks.{N_LAYERS - 1}.hook_resid_post"][0, p]
+        scale = (r.var(unbiased=False) + 1e-5).sqrt()
+        u = (model.W_U[:, 7] - model.W_U[:, 11]) * model.ln_final.w / scale
+        u = u - u.mean()
+        acts, x_hat = reference.encode(y[None]), reference(y[None])[0]
+        size = 1.0  # what the normalisation of the input divided by
+        if normalise == "layer_norm":
+            size = float(y.std())
+        elif normalise == "constant_norm_rescale":
+            size = float(y.norm()) / D_MODEL**0.5
+        parts = size * acts[0] * (reference.W_dec @ u)
+        bias = float(size * reference.b_dec @ u)
+    wanted = float(logits[0, p, 7] - logits[0, p, 11])
+    tolerance = 1e-3 * max(1.0, abs(wanted), float(parts.abs().max()))
+    assert found.logit == pytest.approx(wanted, abs=tolerance)
+    for feature in found.features:
+        assert feature.value == pytest.approx(float(parts[feature.latent]), abs=tolerance)
+    assert {f.latent for f in found.features} == set(acts[0].nonzero()[:, 0].tolist())
+    assert found.bias == pytest.approx(bias, abs=tolerance)
+    assert found.error == pytest.approx(float((y - x_hat) @ u), abs=tolerance)
+
+
+@pytest.mark.parametrize("normalise", ["none", "constant_norm_rescale"])
+def test_faithfulness_and_error_shares_are_those_of_the_model_it_was_trained_on(
+    ours: LanguageModel, tmp_path: Path, normalise: str
+) -> None:
+    coder, reference = sae(tmp_path, CENTRED, normalize_activations=normalise)
+    model, text = theirs(ours, **CENTRED), ids(ours)[0].tolist()
+    found = attribution.faithful(ours, coder, text)
+    [[acts]] = encode(ours, [Text(text, [(coder, SaeQuery(sae=SaeRef(id="x", path="x"), totals=True))])])
+    tokens = torch.tensor([text])
+
+    def loss(edit: Any) -> float:
+        hooks = [(RESID, lambda acts, hook: torch.cat([acts[:, :1], edit(acts)[:, 1:]], dim=1))]
+        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[0, :-1]
+        return float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
+
+    with torch.no_grad():
+        x = model.run_with_cache(tokens)[1][RESID][0]
+        x_hat = reference(x)
+        expected = ReconstructionStats()
+        expected.add_reconstruction(x[1:], x_hat[1:])
+        assert found.explained_variance == pytest.approx(expected.metrics()["explained_variance"], rel=1e-4)
+        assert found.cosine == pytest.approx(expected.metrics()["cosine_similarity"], rel=1e-4)
+        assert found.loss_clean == pytest.approx(loss(lambda x: x), rel=1e-4)
+        assert found.loss_spliced == pytest.approx(loss(reference), rel=1e-4)
+        assert found.loss_ablated == pytest.approx(loss(torch.zeros_like), rel=1e-4)
+    shares = (x - x_hat).square().sum(-1) / x.square().sum(-1)
+    assert acts.error == pytest.approx(shares.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kwarg", ["fold_ln", "fold_value_biases", "center_unembed"])

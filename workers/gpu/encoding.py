@@ -137,7 +137,7 @@ def _totals(coder: Coder, rows: Tensor, targets: Tensor | None, chunk: int) -> l
     for x, target in zip(rows.split(chunk), targets.split(chunk), strict=True):
         acts = coder.encode(x)
         missed = coder.error(x, target).float().square().sum(dim=-1)
-        share = missed / target.float().square().sum(dim=-1).clamp_min(1e-12)
+        share = missed / coder.aim(target).float().square().sum(dim=-1).clamp_min(1e-12)
         found.append(torch.stack([acts.sum(dim=-1).float(), (acts > 0).sum(dim=-1).float(), share], dim=-1))
     return found
 

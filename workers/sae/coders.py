@@ -195,7 +195,7 @@ class Coder:
         """Return what the decoded row is multiplied by to undo the normalisation of the input."""
         match self.switches.normalize_activations:
             case "constant_norm_rescale":
-                return x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+                return self.seen(x).norm(dim=-1, keepdim=True) / self.d_in**0.5
             case "layer_norm":
                 return _moments(x)[1]
             case _:
@@ -203,7 +203,9 @@ class Coder:
 
     def _without_latents(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
         bias = self.b_dec * self._output_scale(x)
-        return bias + _moments(x)[0] if self.switches.normalize_activations == "layer_norm" else bias
+        # One mean in either case: after `seen` took it off, layer_norm finds none.
+        puts_mean_back = self.switches.normalize_activations == "layer_norm" or self._centres(self.hook_name)
+        return bias + _moments(x)[0] if puts_mean_back else bias
 
     def error(
         self, x: Float[Tensor, "batch d_in"], target: Float[Tensor, "batch d_out"] | None = None
@@ -368,7 +370,7 @@ class TranscoderCoder(Coder):
     def _without_latents(self, x: Tensor) -> Tensor:
         bias = self.b_dec.expand(len(x), -1)
         W_skip = self.tensors.get("W_skip")
-        return bias if W_skip is None else bias + x.to(W_skip.dtype) @ W_skip.T
+        return bias if W_skip is None else bias + self.seen(x.to(W_skip.dtype)) @ W_skip.T
 
     def _subtracts_b_dec(self) -> bool:
         return False

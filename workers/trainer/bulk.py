@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 
 from app import bulk, harvests
 from app.bulk import Row, Separating
-from app.errors import BadFile, BadInput, TooLarge
+from app.errors import AtlasError, BadFile, BadInput, TooLarge
 from app.specs import BulkSpec
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
@@ -49,6 +49,13 @@ class Bulk(JobKind):
     def plan(self, context: JobContext) -> list[str]:
         """Copy the texts into the job's directory: the file may change or go while the job waits."""
         spec = BulkSpec(**context.spec)
+        try:
+            return self._plan(context, spec)
+        except AtlasError:
+            bulk.forget_upload(context.settings, spec.path)  # it would be refused again
+            raise
+
+    def _plan(self, context: JobContext, spec: BulkSpec) -> list[str]:
         rows = bulk.rows_of(Path(spec.path), spec.text_column, spec.label_column)
         groups: Counter[str] = Counter()
         written = 0
@@ -73,6 +80,8 @@ class Bulk(JobKind):
     def run(self, context: JobContext, step: str) -> None:
         spec = BulkSpec(**context.spec)
         verb, _, place = step.partition(" ")
+        # The plan is recorded once a step runs: its copy of the texts is all that is read from now on.
+        bulk.forget_upload(context.settings, spec.path)
         if verb == "encode":
             number, total = (int(n) for n in place.split("/"))
             _encode_part(context, spec, number - 1, total)
