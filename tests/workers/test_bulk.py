@@ -201,7 +201,10 @@ def test_an_upload_goes_once_its_texts_are_copied_and_a_users_own_file_stays(
     settings: Settings, tmp_path: Path
 ) -> None:
     bulk.uploads(settings).mkdir()
-    sent, own = write(bulk.uploads(settings) / "sent.jsonl", TEXTS, LABELS), write(tmp_path / "own.jsonl", TEXTS, LABELS)
+    sent, own = (
+        write(bulk.uploads(settings) / "sent.jsonl", TEXTS, LABELS),
+        write(tmp_path / "own.jsonl", TEXTS, LABELS),
+    )
     job = context(settings, path=str(sent))
     steps = Bulk().plan(job)
     assert sent.exists(), "a kill before the plan is recorded plans again"
