@@ -10,7 +10,18 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from app import db
-from app.api import activations, explanations, features, health, steer, steer_lab, tokenize, unknown, vector
+from app.api import (
+    activations,
+    attribution,
+    explanations,
+    features,
+    health,
+    steer,
+    steer_lab,
+    tokenize,
+    unknown,
+    vector,
+)
 from app.gpu import Worker
 from app.labelindex import LabelIndex
 from app.settings import Settings
@@ -75,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, loopback=is_loopback(settings.host), max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.mount("/static", VersionedStatic(version), name="static")
-    for api in (features, explanations, activations, steer, steer_lab, vector, tokenize, unknown):
+    for api in (features, explanations, activations, attribution, steer, steer_lab, vector, tokenize, unknown):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
     for pages in (

@@ -10,7 +10,10 @@ from sqlalchemy.orm import Session
 from app import catalog
 from app.catalog import SourceCard
 from app.errors import BadInput, NotFound
+from app.gpu import Worker
+from app.protocol import ModelRef, TokenizeRequest
 from app.settings import Settings
+from app.tokens import Vocabulary
 
 ModelId = Annotated[str, Field(max_length=200)]
 SourceId = Annotated[str, Field(max_length=200)]
@@ -64,3 +67,14 @@ def find_feature(session: Session, key: FeatureKey) -> tuple[SourceCard, int]:
             f"{source.model_id}/{source.name} has features 0 to {source.d_sae - 1}; there is no feature {latent}."
         )
     return source, latent
+
+
+async def find_token(worker: Worker, model: ModelRef, words: Vocabulary, said: str) -> int:
+    """Return the token that a text is. Raises BadInput for a text of several tokens, or of none."""
+    [ids] = (await worker.tokenize(TokenizeRequest(model=model, texts=[said], prepend_bos=False))).ids
+    if len(ids) != 1:
+        parts = " + ".join(repr(part) for part in words.strings(ids))
+        raise BadInput(
+            f"{said[:60]!r} is {len(ids)} tokens ({parts[:200]}), and one is needed. A space before a word counts."
+        )
+    return ids[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from app import catalog, present
+from app.api.inputs import find_token
 from app.catalog import FeatureRow, SourceCard
 from app.errors import BadInput
 from app.gpu import Worker
@@ -19,7 +20,6 @@ from app.protocol import (
     GradientRequest,
     PredictRequest,
     Target,
-    TokenizeRequest,
 )
 from app.settings import Settings
 from app.tokens import Vocabulary
@@ -138,15 +138,7 @@ class Closer:
             return None
         if found := _ID.fullmatch(said):
             return int(found[1])
-        model = catalog.model_ref(self.settings, self.model_id)
-        request = TokenizeRequest(model=model, texts=[said], prepend_bos=False)
-        [ids] = (await self.worker.tokenize(request)).ids
-        if len(ids) != 1:
-            parts = " + ".join(repr(part) for part in self.words.strings(ids))
-            raise BadInput(
-                f"{said[:60]!r} is {len(ids)} tokens ({parts[:200]}), and one is needed. A space before a word counts."
-            )
-        return ids[0]
+        return await find_token(self.worker, catalog.model_ref(self.settings, self.model_id), self.words, said)
 
 
 def later_words(source: SourceCard) -> str:
