@@ -64,6 +64,8 @@ class Steering(BaseModel):
 
     modelId: str = Field(max_length=200)
     features: list[SteerFeature]
+    off: list[SteerFeature] = Field(default_factory=list[SteerFeature], max_length=32)
+    """Features that are switched off: kept with the run for its page, nothing is done with them."""
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 0.5
     n_tokens: Annotated[int, Field(ge=1)] = 48
     freq_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 0

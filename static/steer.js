@@ -37,6 +37,7 @@ class Lab {
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
       if (!this.chat.on || this.chat.send()) this.generate();
+      else this.say("Write a message first.");
     });
     this.form.prompt.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
@@ -60,7 +61,7 @@ class Lab {
     if (button.matches("[data-stop]")) this.run?.abort();
     if (button.matches("[data-mode]")) this.mode(button.dataset.mode);
     if (button.matches("[data-reseed]")) {
-      this.form.seed.value = Math.floor(Math.random() * 2 ** 31);
+      this.form.seed.value = Math.floor(Math.random() * 1e6);
       this.form.requestSubmit();
     }
     if (button.matches("[data-forget]")) this.forget(button);
@@ -83,7 +84,8 @@ class Lab {
       modelId: this.root.dataset.model,
       features: steeredFeatures(this.root),
       strength_multiplier: number(this.root.querySelector("[data-multiplier]")),
-      stop: form.stop.value ? [form.stop.value] : [],
+      off: steeredFeatures(this.root, false),
+      stop: form.stop.value.split("\n").filter(Boolean).map(unescaped),
       steer_special_tokens: !form.spare.checked,
       controls: [...form.querySelectorAll('[name="controls"]:checked')].map((box) => box.value),
       n_logprobs: 5,
@@ -117,11 +119,14 @@ class Lab {
           const seconds = (performance.now() - began) / 1000;
           this.say(`${n} tokens in ${seconds.toFixed(1)} s`);
         }
-        if (event.event === "end") await this.ended(event, body);
+        if (event.event === "end") await this.ended(event, body, run.signal);
       }
     } catch (error) {
-      if (error.name === "AbortError") this.say(`Stopped after ${n} tokens.`);
-      else {
+      if (this.run !== run) return;
+      if (error.name === "AbortError") {
+        this.say(`Stopped after ${n} tokens.`);
+        if (body.prompt === undefined && n) this.answered();
+      } else {
         this.say("");
         this.problem(error.message);
       }
@@ -133,28 +138,31 @@ class Lab {
     }
   }
 
-  async ended(event, body) {
+  async ended(event, body, signal) {
     delete this.root.dataset.running;
+    this.root.querySelector("[data-stop]").hidden = true;
     const link = this.root.querySelector("[data-share] a");
     link.href = link.textContent = event.shareUrl;
     this.root.querySelector("[data-share] span")?.remove();
     this.root.querySelector("[data-share]").hidden = false;
-    if (this.chat.on) {
-      const whole = (name) => this.texts.get(`${name}#0`)?.tokens.map((t) => t.text).join("") ?? "";
-      this.answered = true;
-      this.chat.took({ default: whole("default"), steered: whole("steered") });
-      this.look();
-    }
-    await this.score(event.id, body.features);
+    if (body.prompt === undefined) this.answered();
+    await this.score(event.id, body.features, signal);
+  }
+
+  // What stands in the streams becomes the conversation's next turn.
+  answered() {
+    const whole = (name) => this.texts.get(`${name}#0`)?.tokens.map((t) => t.text ?? t.token).join("") ?? "";
+    this.chat.took({ default: whole("default"), steered: whole("steered") });
+    this.look();
   }
 
   // Read the texts again with and without steering; the tokens can be shaded then.
-  async score(id, features) {
+  async score(id, features, signal) {
     const status = this.root.querySelector("[data-shade-status]");
     this.root.querySelector("[data-shade]").hidden = false;
     status.textContent = "Reading the texts once more…";
     try {
-      const answer = await post("/api/steer/score", { id });
+      const answer = await post("/api/steer/score", { id }, signal);
       const scored = features.map((f) => `${f.layer}/${f.index}`).filter((_, n) => answer.features[n]);
       for (const row of answer.rows) {
         const text = this.texts.get(`${row.name}#${row.sample}`);
@@ -163,7 +171,7 @@ class Lab {
       this.shades(scored);
       status.textContent = "Point at a token for its alternatives in both.";
     } catch (error) {
-      status.textContent = error.message;
+      if (!signal?.aborted) status.textContent = error.message;
     }
   }
 
@@ -184,29 +192,16 @@ class Lab {
     for (const row of saved.run.rows) {
       const text = this.text(row.name, row.sample, saved.asked);
       row.tokens.forEach((token) => text.add(token));
-      if (!row.tokens.length) continue;
-      // Tokens of one character are joined when they come; a saved text is whole.
-      if (row.tokens.some((t) => t.token.includes("\ufffd")) || row.finish === "stop") this.whole(text, row.text);
     }
+    if (this.chat.on) this.answered();
     this.score(saved.id, saved.asked.features);
-  }
-
-  // Show a text's exact words where its tokens, one by one, do not make them up.
-  whole(text, words) {
-    let rest = words;
-    for (const token of text.tokens) {
-      const piece = token.token.includes("\ufffd") || !rest.startsWith(token.token) ? "" : token.token;
-      token.span.textContent = piece;
-      rest = rest.slice(piece.length);
-    }
-    if (rest && text.tokens.length) text.place.append(rest);
   }
 
   clear(body) {
     this.texts.clear();
     this.root.querySelector("[data-shade]").hidden = true;
     this.root.querySelectorAll("[data-extra]").forEach((section) => section.remove());
-    this.chat.draw();
+    this.chat.begin();
     for (const name of ["default", "steered"]) {
       const stream = this.root.querySelector(`[data-${name}]`);
       stream.replaceChildren(...(body.prompt === undefined || body.prompt === null ? [] : [before(body.prompt)]));
@@ -244,8 +239,14 @@ class Lab {
   address(body) {
     if (body.prompt === undefined) return;
     const query = new URLSearchParams();
-    for (const f of body.features) query.append("feature", `${f.layer}:${f.index}:${f.strength}:${f.operation}:${f.positions}`);
+    for (const [features, off] of [[body.features, ""], [body.off, ":off"]])
+      for (const f of features) {
+        const at = f.at.join(",") + off;
+        query.append("feature", `${f.layer}:${f.index}:${f.strength}:${f.operation}:${f.positions}${at && `:${at}`}`);
+      }
     for (const name of ["temperature", "n_tokens", "seed", "freq_penalty", "repetition_penalty", "top_p", "top_k", "min_p", "n_samples"]) query.set(name, body[name]);
+    for (const name of ["stop", "controls"]) for (const one of body[name]) query.append(name, one);
+    if (!body.steer_special_tokens) query.set("spare", "yes");
     query.set("multiplier", body.strength_multiplier);
     query.set("text", body.prompt);
     const path = `/${this.root.dataset.model}/steer?${query}`;
@@ -336,4 +337,9 @@ class Lab {
 
 function before(prompt) {
   return Object.assign(document.createElement("span"), { className: "muted", textContent: prompt });
+}
+
+// A stop string as it is typed: \n is a line break.
+function unescaped(line) {
+  return line.replace(/\\([nt\\])/g, (_, letter) => ({ n: "\n", t: "\t", "\\": "\\" })[letter]);
 }

@@ -80,7 +80,8 @@ class Text:
         self.text += piece
         top = [{"token": words.string(i), "id": i, "logprob": logprob} for i, logprob in token.top]
         entry = {"token": words.string(token.id), "id": token.id, "logprob": token.logprob, "top_logprobs": top}
-        self.tokens.append(entry)
+        # A part of a character, or of a stop string, shows something else than the token alone.
+        self.tokens.append(entry if piece == entry["token"] else {**entry, "text": piece})
         return {"event": "token", "row": self.name, "sample": self.sample, "text": piece, **entry}
 
 
@@ -115,7 +116,11 @@ class Texts:
         for name, sample, why in event.finish:
             self.of(name, sample).finish = why
         for text in self._found.values():
-            text.text += text.reader.rest() if text.finish != "stop" else ""
+            rest = text.reader.rest() if text.finish != "stop" else ""
+            text.text += rest
+            if rest and text.tokens:
+                last = text.tokens[-1]
+                last["text"] = last.get("text", last["token"]) + rest
         self.seconds = event.seconds
 
     def logprobs_of(self, name: str) -> list[dict[str, Any]] | None:

@@ -6,9 +6,9 @@ finished run under its own address.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -23,7 +23,7 @@ from app.api.inputs import check_text
 from app.catalog import FeatureRow, ModelEntry, NotInCatalog, SourceCard
 from app.errors import BadInput, NotFound
 from app.protocol import Operation, Positions, SteerMethod
-from app.steering import Completion
+from app.steering import Completion, Control
 from app.sweeps import Point, Suggestion
 from app.web.pages import Config, Db, Gpu, query, render
 
@@ -64,6 +64,7 @@ class Steered:
     operation: Operation = Operation.ADD
     positions: Positions = Positions.ALL
     at: str = ""
+    on: bool = True
     is_vector: bool = False
 
     @property
@@ -114,6 +115,17 @@ class SteerPage:
         return Steered("", FeatureRow(0, "", 0.0, 0.0, "", ""), 0.0)
 
     @property
+    def unusual(self) -> bool:
+        """Whether a setting that is folded away is not the usual one."""
+        names = ("top_p", "top_k", "min_p", "repetition_penalty", "freq_penalty", "stop")
+        return any(self.asked[name] != _DEFAULTS[name] for name in names)
+
+    @property
+    def stops(self) -> str:
+        """Stop strings, one a line."""
+        return "\n".join(map(_escaped, self.asked["stop"]))
+
+    @property
     def chat(self) -> bool:
         return bool(self.asked.get("steeredChatMessages"))
 
@@ -142,6 +154,7 @@ _DEFAULTS: dict[str, Any] = {
     "steer_special_tokens": True,
     "stop": [],
     "controls": [],
+    "off": [],
 }
 
 
@@ -167,10 +180,16 @@ def steer_page(
     min_p: Annotated[float, Query(ge=0, le=1)] = 0,
     n_samples: Annotated[int, Query(ge=1, le=16)] = 1,
     multiplier: Annotated[float, Query(ge=-100, le=100)] = 1,
+    stop: Annotated[list[str], Query(max_length=8)] = [],  # noqa: B006
+    controls: Annotated[list[Control], Query(max_length=2)] = [],  # noqa: B006
+    spare: bool = False,
     method: SteerMethod = SteerMethod.ADDITIVE,
     preset: Annotated[str, Query(max_length=40)] = "",
 ) -> Response:
-    """Show the page. `feature` is source:index[:strength[:operation[:positions]]]; source, index, strength still do."""
+    """Show the page.
+
+    `feature` is source:index[:strength[:operation[:positions[:at[:off]]]]]; source, index, strength still do.
+    """
     entry = catalog.model_entry(session, model)
     asked = _DEFAULTS | {
         "prompt": next((p for p in (text, prompt) if p is not None), PROMPT),
@@ -184,12 +203,13 @@ def steer_page(
         "min_p": min_p,
         "n_samples": n_samples,
         "strength_multiplier": multiplier,
+        "stop": [one[:200] for one in stop if one],
+        "controls": controls,
+        "steer_special_tokens": not spare,
     }
     if preset:
-        kept = steerings.preset(session, model, preset).settings
-        return render(
-            request, "steer.html", _page(session, settings, entry, _DEFAULTS | kept, kept.get("features", []))
-        )
+        kept = _DEFAULTS | {"features": []} | steerings.preset(session, model, preset).settings
+        return render(request, "steer.html", _page(session, settings, entry, kept))
     chosen = [
         _steered(
             session,
@@ -202,7 +222,7 @@ def steer_page(
         for i in range(len(index))
     ]
     chosen += [_named(session, entry, one) for one in feature]
-    page = _page(session, settings, entry, asked, [], tuple(chosen), source=source[0] if source else "")
+    page = _page(session, settings, entry, asked, tuple(chosen), source=source[0] if source else "")
     return render(request, "steer.html", page)
 
 
@@ -211,11 +231,11 @@ def _page(
     settings: Config,
     entry: ModelEntry,
     asked: dict[str, Any],
-    features: Sequence[dict[str, Any]],
     chosen: tuple[Steered, ...] = (),
     **more: Any,
 ) -> SteerPage:
-    chosen += tuple(_recorded(session, entry, f) for f in features)
+    chosen += tuple(_recorded(session, entry, f) for f in asked.get("features", []))
+    chosen += tuple(replace(_recorded(session, entry, f), on=False) for f in asked["off"])
     vectors = tuple(_vector(v, None) for v in steering_vectors.owned(session, entry.card.id))
     presets = tuple((p.id, p.name) for p in steerings.presets(session, entry.card.id))
     more = {"source": ""} | more
@@ -231,10 +251,7 @@ async def steer_form(request: Request, model: str, session: Db, settings: Config
     entry = await run_in_threadpool(catalog.model_entry, session, model)
     body = _form(model, fields)
     if fields.get("add", [""])[0].strip():
-        address = [f"{f.source}:{f.index}:{f.strength}:{f.operation}:{f.positions}" for f in body.features]
-        added = fields["add"][0].strip().replace("/", ":")
-        kept = {"feature": [*address, added], "text": body.prompt, "seed": body.seed, "temperature": body.temperature}
-        return RedirectResponse(f"{entry.path}/steer{query(kept)}", 303)
+        return RedirectResponse(_address(entry, body, fields["add"][0].strip().replace("/", ":")), 303)
     check_text(settings, body.prompt)
     run = await api.begin(request, body, session, settings, worker)
     run.texts.start(run.asked, run.start)
@@ -247,19 +264,63 @@ async def steer_form(request: Request, model: str, session: Db, settings: Config
 
 def _form(model: str, fields: dict[str, list[str]]) -> Completion:
     """The form's fields as a request. Raises BadInput for what is no number where one belongs."""
-    names = ("source", "index", "strength", "operation", "positions")
-    rows = list(zip(*(fields.get(name, []) for name in names), strict=False))
-    features = [{"modelId": model, **dict(zip(names, row, strict=True))} for row in rows]
-    plain = {
-        name: fields[name][0] for name in _DEFAULTS if fields.get(name, [""])[0] and name not in ("stop", "controls")
-    }
+    names = ("source", "index", "strength", "operation", "positions", "at")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*(fields.get(name, []) for name in names), strict=False)]
+    on, off = [], []
+    for row in rows:
+        switched_on = f"{row['source']}:{row['index']}" in fields.get("on", [])
+        (on if switched_on else off).append({**row, "modelId": model, "at": _positions(row["at"])})
+    plain = {name: fields[name][0] for name in _DEFAULTS if fields.get(name, [""])[0]}
     try:
         return Completion.model_validate(
-            {**plain, "modelId": model, "features": features, "prompt": fields.get("prompt", [""])[0], "n_logprobs": 5}
-            | {"controls": fields.get("controls", [])}
+            plain
+            | {"modelId": model, "features": on, "off": off, "prompt": fields.get("prompt", [""])[0]}
+            | {"controls": fields.get("controls", []), "steer_special_tokens": "spare" not in fields, "n_logprobs": 5}
+            | {"stop": [_unescaped(line) for line in fields.get("stop", [""])[0].splitlines() if line]}
         )
     except ValueError as error:
         raise BadInput(f"The form holds something that is not usable: {str(error).splitlines()[1]}") from None
+
+
+def _positions(text: str) -> list[int]:
+    """ "1, 4-6" as [1, 4, 5, 6]. Raises BadInput."""
+    found: list[int] = []
+    for piece in text.replace(" ", "").split(","):
+        first, _, last = piece.partition("-")
+        if not piece:
+            continue
+        if not (first.isdigit() and (last or first).isdigit()) or len(piece) > 12:
+            raise BadInput(f"{piece[:20]!r} is no position in the prompt; write such as 1, 4-6.")
+        found += range(int(first), min(int(last or first), int(first) + 4095) + 1)
+    return found
+
+
+def _escaped(stop: str) -> str:
+    """A stop string on a line of its own."""
+    return stop.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _unescaped(line: str) -> str:
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], line)
+
+
+def _address(entry: ModelEntry, body: Completion, *added: str) -> str:
+    """The page's address with all that a form holds."""
+    chosen = [
+        ":".join(
+            [f.source, f.index, str(f.strength), f.operation or "add", f.positions, ",".join(map(str, f.at)), *off]
+        )
+        for features, off in ((body.features, []), (body.off, ["off"]))
+        for f in features
+    ]
+    asked = body.model_dump(mode="json")
+    same = ("n_tokens", "temperature", "seed", "freq_penalty", "repetition_penalty", "top_p", "top_k", "min_p")
+    more = {name: asked[name] for name in (*same, "n_samples", "controls", "stop") if asked[name] != _DEFAULTS[name]}
+    if body.strength_multiplier != 1:
+        more["multiplier"] = body.strength_multiplier
+    if not body.steer_special_tokens:
+        more["spare"] = "yes"
+    return f"{entry.path}/steer{query({'feature': [*chosen, *added], 'text': body.prompt, **more})}"
 
 
 @router.get("/{model}/steer/features")
@@ -281,7 +342,9 @@ def choices(
         ]
     elif q:
         hits = search.labels(session, q, model_id=entry.card.id, sources=[source] if source else (), limit=12).hits
-        found = [Steered(hit.source, hit.feature, _usual(hit.feature)) for hit in hits]
+        # A feature with several labels may be found by each.
+        once = {(hit.source, hit.feature.index): hit for hit in reversed(hits)}
+        found = [Steered(hit.source, hit.feature, _usual(hit.feature)) for hit in reversed(once.values())]
     return render(request, "_choices.html", Choices(entry.path, q, tuple(found)))
 
 
@@ -334,13 +397,12 @@ def replay(request: Request, model: str, run_id: str, session: Db, settings: Con
     run = steerings.get(session, run_id)
     if run.model_id != entry.card.id:
         raise NotFound(f"Run {run_id[:40]} was made with another model, {run.model_id}.")
-    asked: dict[str, Any] = _DEFAULTS | run.request
+    asked: dict[str, Any] = _DEFAULTS | {"prompt": None} | run.request  # a conversation has none
     page = _page(
         session,
         settings,
         entry,
         asked,
-        asked["features"],
         run=run.result,
         run_id=run.id,
         warnings=tuple(_changed(session, entry, asked)),
@@ -370,12 +432,12 @@ def _recorded(session: Session, entry: ModelEntry, f: dict[str, Any]) -> Steered
 
 
 def _named(session: Session, entry: ModelEntry, text: str) -> Steered:
-    """source:index[:strength[:operation[:positions]]]. Raises BadInput."""
-    source, index, strength, operation, positions = (text.split(":") + [""] * 5)[:5]
+    """source:index[:strength[:operation[:positions[:at[:off]]]]]. Raises BadInput."""
+    source, index, strength, operation, positions, at, off = (text.split(":") + [""] * 7)[:7]
     if not index:
         source, index = "", source
     try:
-        return _steered(
+        found = _steered(
             session,
             entry,
             source,
@@ -383,15 +445,17 @@ def _named(session: Session, entry: ModelEntry, text: str) -> Steered:
             float(strength) if strength else None,
             Operation(operation or "add"),
             Positions(positions or "all"),
+            at,
         )
     except ValueError:
         raise BadInput(f"{text[:80]!r} is no feature; write source:index:strength, such as 12-demo:24:8.") from None
+    return replace(found, on=off != "off")
 
 
 def _vector(vector: steering_vectors.SteeringVector, strength: float | None, *more: Any) -> Steered:
     row = FeatureRow(vector.id, vector.label, 0.0, 0.0, "", "")
     own = vector.default_strength if strength is None else strength
-    return Steered(steering_vectors.source_of(vector), row, own, *more, is_vector=True)
+    return replace(Steered(steering_vectors.source_of(vector), row, own, *more), is_vector=True)
 
 
 def _steered(

@@ -5,6 +5,7 @@ export class Chat {
     this.root = root;
     this.generate = generate;
     this.said = { default: [], steered: [] };
+    this.shown = Infinity; // Turns from here on stand in the streams, not above them.
     const box = root.querySelector("[data-message]");
     box.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -19,6 +20,7 @@ export class Chat {
   }
   load(asked) {
     this.said = { default: [...(asked.defaultChatMessages ?? [])], steered: [...(asked.steeredChatMessages ?? [])] };
+    this.shown = Infinity;
     this.draw();
   }
   // Take what was typed into both histories; false when there is nothing to answer.
@@ -35,8 +37,15 @@ export class Chat {
     for (const name of Object.keys(this.said)) this.said[name] = this.said[name].slice(0, n);
     this.draw();
   }
+  // The texts become turns; they stay where they have been written, with the tokens that can be pointed at.
   took(texts) {
+    this.shown = this.said.default.length;
     for (const [name, list] of Object.entries(this.said)) list.push({ role: "assistant", content: texts[name] ?? "" });
+    this.draw();
+  }
+  begin() {
+    this.shown = Infinity;
+    this.draw();
   }
   click(button) {
     if (!button?.dataset.turn) return;
@@ -45,7 +54,13 @@ export class Chat {
       this.cut(n);
       this.generate();
     }
-    if (button.dataset.do === "edit") this.edit(name, n, button.closest(".turn"));
+    if (button.dataset.do === "edit") {
+      this.begin();
+      const column = this.root.querySelector(`[data-column="${name}"]`);
+      this.edit(name, n, column.querySelectorAll(".turn")[n]);
+      // The last answer is a turn now.
+      this.root.querySelectorAll(".stream").forEach((stream) => stream.replaceChildren());
+    }
   }
   edit(name, n, turn) {
     const box = document.createElement("textarea");
@@ -54,6 +69,7 @@ export class Chat {
     box.setAttribute("aria-label", "Edit this turn; Enter sends it");
     box.addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.draw();
+      event.stopPropagation();
       if (event.key !== "Enter" || event.shiftKey) return;
       event.preventDefault();
       const { role } = this.said[name][n];
@@ -70,18 +86,22 @@ export class Chat {
   }
   draw() {
     for (const [name, list] of Object.entries(this.said)) {
-      this.root.querySelector(`[data-column="${name}"] [data-turns]`).replaceChildren(...(this.on ? list.map((m, n) => this.turn(m, n)) : []));
+      const column = this.root.querySelector(`[data-column="${name}"]`);
+      column.querySelector("[data-turns]").replaceChildren(...(this.on ? list.slice(0, this.shown).map((m, n) => this.turn(m, n)) : []));
+      column.querySelector("[data-last]").replaceChildren(...(this.on && this.shown < list.length ? this.buttons(list[this.shown], this.shown) : []));
     }
   }
   turn(message, n) {
     const turn = Object.assign(document.createElement("div"), { className: `turn ${message.role}` });
+    turn.append(Object.assign(document.createElement("p"), { textContent: message.content }), ...this.buttons(message, n));
+    return turn;
+  }
+  buttons(message, n) {
     const button = (what, words) => {
       const made = Object.assign(document.createElement("button"), { type: "button", className: "link", textContent: words });
       Object.assign(made.dataset, { turn: n, do: what });
       return made;
     };
-    turn.append(Object.assign(document.createElement("p"), { textContent: message.content }), button("edit", "edit"));
-    if (message.role === "assistant") turn.append(" ", button("again", "regenerate"));
-    return turn;
+    return message.role === "assistant" ? [button("edit", "edit"), " ", button("again", "regenerate")] : [button("edit", "edit")];
   }
 }

@@ -53,8 +53,7 @@ function settle(row) {
   const unused = operation === "ablate";
   range.disabled = unused;
   exact.readOnly = unused;
-  part(row, "at").hidden = part(row, "positions").value !== "chosen";
-  row.classList.toggle("off", !part(row, "on").checked);
+  row.classList.toggle("idle", !part(row, "on").checked);
   times.textContent = max > 0 && Number.isFinite(strength) && (operation === "add" || operation === "clamp") ? `${(strength / max).toFixed(2)} × its highest activation` : "";
   if (row.dataset.vector) part(row, "link").removeAttribute("href");
 }
@@ -68,6 +67,7 @@ export function add(root, feature) {
   part(row, "label").textContent = feature.label;
   row.querySelector('input[name="source"]').value = feature.source;
   row.querySelector('input[name="index"]').value = feature.index;
+  part(row, "on").value = `${feature.source}:${feature.index}`;
   part(row, "range").dataset.reach = feature.reach;
   part(row, "strength").value = feature.strength;
   part(row, "on").setAttribute("aria-label", `Steer with ${name}`);
@@ -91,10 +91,10 @@ function positions(text) {
   });
 }
 
-// What is switched on, as the API takes it.
-export function steeredFeatures(root) {
+// What is switched on, or what is switched off, as the API takes it.
+export function steeredFeatures(root, on = true) {
   return rows(root)
-    .filter((row) => part(row, "on").checked)
+    .filter((row) => part(row, "on").checked === on)
     .map((row) => ({
       modelId: root.dataset.model,
       layer: row.dataset.source,

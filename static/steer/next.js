@@ -19,7 +19,7 @@ export function mountNext(root, asked) {
         if (body.prompt === undefined && !body.steeredChatMessages.length) break;
         const answer = await post("/api/steer/next", { ...body, controls: [], n_samples: 1, n_top: 8 });
         show(view.querySelector("[data-next-rows]"), answer.tokens);
-        status.textContent = `${answer.ms} ms`;
+        status.textContent = `One forward pass, ${answer.ms} ms.`;
       } while (again);
     } catch (error) {
       status.textContent = error.message;

@@ -59,7 +59,8 @@ function table(points, labels) {
     else Object.assign(row.insertCell(), { textContent: "model alone", colSpan: labels.length });
     for (const value of [point.perplexity, point.activation, point.repetition]) row.insertCell().textContent = value === null ? "–" : value.toPrecision(3);
     for (const cell of row.cells) cell.className = "n";
-    row.insertCell().textContent = point.text;
+    const text = row.insertCell();
+    text.textContent = text.title = point.text;
   }
   const scroll = document.createElement("div");
   scroll.className = "scroll";
@@ -85,14 +86,18 @@ export function plot(points, suggested) {
   const title = "Perplexity under the model alone against the feature's activation";
   const svg = shape("svg", { class: "chart tradeoff", viewBox: `-34 -14 ${width + 60} ${height + 44}`, role: "img", "aria-label": title });
   svg.append(shape("line", { x1: 0, x2: width, y1: height, y2: height }), shape("line", { x1: 0, x2: 0, y1: 0, y2: height }));
-  svg.append(shape("text", { x: width, y: height + 24, "text-anchor": "end" }, "mean activation →"), shape("text", { x: -30, y: -4 }, "perplexity ↑"));
+  svg.append(shape("text", { x: width, y: height + 24, "text-anchor": "end" }, "mean activation →"), shape("text", { x: 6, y: -4 }, "perplexity ↑"));
   for (const [value, anchor] of [[Math.min(...xs), "start"], [Math.max(...xs), "end"]]) svg.append(shape("text", { x: scale(xs, value, width), y: height + 12, "text-anchor": anchor }, value.toPrecision(3)));
   for (const value of [Math.min(...ys), Math.max(...ys)]) svg.append(shape("text", { x: -4, y: height - scale(ys, value, height) + 3, "text-anchor": "end" }, Math.exp(value).toPrecision(3)));
+  const labels = new Map(); // what lies in one place has one label
   for (const [n, point] of usable.entries()) {
     const [x, y] = [scale(xs, xs[n], width), height - scale(ys, ys[n], height)];
     const chosen = suggested && JSON.stringify(suggested.strengths) === JSON.stringify(point.strengths);
     svg.append(shape("circle", { cx: x, cy: y, r: chosen ? 5 : 3, class: chosen ? "chosen" : "" }));
-    svg.append(shape("text", { x: x + 6, y: y - 4 }, point.strengths.length ? point.strengths.join(", ") : "alone"));
+    const label = point.strengths.length ? point.strengths.join(", ") : "alone";
+    const place = `${Math.round(x / 4)},${Math.round(y / 4)}`;
+    if (labels.has(place)) labels.get(place).textContent += `; ${label}`;
+    else svg.append(labels.set(place, shape("text", { x: x + 6, y: y - 4 }, label)).get(place));
   }
   return svg;
 }

@@ -63,7 +63,7 @@ function point(span) {
   tip.className = "tip alternatives";
   tip.setAttribute("role", "tooltip");
   const head = document.createElement("p");
-  head.textContent = `“${visible(token.token)}” ${percent(token.logprob)}`;
+  head.textContent = `“${visible(token.token)}”`;
   tip.append(head);
   const columns = of.score
     ? [["default", of.score.topDefault[n], of.score.default[n]], ["steered", of.score.topSteered[n], of.score.steered[n]]]
@@ -82,7 +82,7 @@ function point(span) {
 
 function column(name, list, own) {
   const table = document.createElement("table");
-  table.createCaption().textContent = `${name}: ${percent(own)} for it`;
+  table.createCaption().textContent = `${name}: ${percent(own)}`;
   for (const [token, logprob] of list ?? []) {
     const line = table.insertRow();
     line.insertCell().textContent = visible(token);

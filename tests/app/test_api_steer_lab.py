@@ -53,6 +53,24 @@ def test_scores_are_each_texts_own_log_probabilities_with_and_without_steering(l
     assert loaded["scores"] == scores
 
 
+def test_a_switched_off_feature_is_kept_with_the_run_and_does_nothing(live: Live) -> None:
+    events = lines(live, features=[], off=[feature()])
+    texts = {
+        row: [e["id"] for e in events if e["event"] == "token" and e["row"] == row] for row in ("default", "steered")
+    }
+    assert texts["default"] == texts["steered"]
+    loaded = live.post("steer-load", {"steerOutputId": events[-1]["id"]}).json()
+    assert [f["index"] for f in loaded["off"]] == [str(feature()["index"])]
+
+
+def test_a_saved_runs_tokens_make_up_its_text_where_a_stop_string_cuts_one(live: Live) -> None:
+    whole = live.post("steer", body(n_tokens=40)).json()["DEFAULT"]
+    events = lines(live, n_tokens=40, stop=[whole[5:7]])
+    loaded = live.post("steer-load", {"steerOutputId": events[-1]["id"]}).json()
+    for row in loaded["rows"]:
+        assert "".join(t.get("text", t["token"]) for t in row["tokens"]) == row["text"]
+
+
 def test_a_handful_of_strengths_is_answered_at_once(live: Live) -> None:
     axes = [{"feature": 0, "strengths": [0, 10, 60]}]
     found = live.post("steer/sweep", body(axes=axes, features=[feature(layer="1-std")])).json()

@@ -171,6 +171,22 @@ def test_the_steering_page_takes_its_state_from_the_address(client: TestClient) 
     assert ">Hello</textarea>" in page
 
 
+def test_the_steering_form_without_scripts_keeps_everything_when_a_feature_is_added(client: TestClient) -> None:
+    rows = {"source": ["1-demo", "1-demo"], "index": ["4", "12"], "strength": ["2.5", "3"]}
+    rows |= {"operation": ["clamp", "add"], "positions": ["chosen", "all"], "at": ["1, 3-4", ""], "on": ["1-demo:4"]}
+    more = {"add": "1-demo/7", "prompt": "Hello", "stop": "a\r\n\\nb", "spare": "on", "controls": "random_feature"}
+    answer = client.post("/tiny/steer", data={**rows, **more, "seed": "7"}, follow_redirects=False)
+    page = text(client, answer.headers["location"])
+    assert 'value="1-demo:4" checked' in page
+    assert 'value="1-demo:12" data-on' in page  # switched off
+    assert 'value="1-demo:7" checked' in page
+    assert 'value="1,3,4"' in page
+    assert ">a\n\\nb</textarea>" in page
+    assert 'name="spare" data-spare checked' in page
+    assert 'value="random_feature" checked' in page
+    assert client.post("/tiny/steer", data={**rows, "at": ["x", ""], "prompt": "Hello"}).status_code == 422
+
+
 def test_steering_without_a_source_takes_the_default_one_and_shows_which(client: TestClient) -> None:
     assert 'data-source="1-demo" data-index="4"' in text(client, "/tiny/steer?index=4")
 

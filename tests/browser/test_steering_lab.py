@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -124,6 +125,107 @@ def test_a_preset_and_a_vector_are_kept_and_come_back(page: Page, demo_server: D
     expect(page.locator("[data-prompt]")).to_have_value("At the end of the road stood a")
     page.get_by_role("button", name="Delete preset joy at the grave").click()
     expect(kept).to_have_count(0)
+
+
+def test_the_address_holds_every_setting_and_what_is_switched_off(page: Page, demo_server: Demo) -> None:
+    features = f"&feature={demo_server.source}:158:3.5:clamp:chosen:1,3:off"
+    lab(page, demo_server, f"&temperature=0&n_tokens=6{features}&stop=zz&stop=%0Ay&top_k=7&spare=yes&multiplier=0.5")
+    page.get_by_label("a random other feature").check()
+    generated(page)
+    steered = page.locator("[data-steered]").inner_text()
+    for address in (page.url, page.locator("[data-share] a").get_attribute("href") or ""):
+        page.goto(address)
+        form = page.locator("[data-form]")
+        expect(form.locator("[name=stop]")).to_have_value("zz\n\\ny")
+        expect(form.locator("[name=top_k]")).to_have_value("7")
+        expect(form.locator("[name=spare]")).to_be_checked()
+        expect(page.get_by_label("a random other feature")).to_be_checked()
+        expect(page.locator("[data-multiplier]")).to_have_value("0.5")
+        off = page.locator('[data-feature][data-index="158"]')
+        expect(off.locator("[data-on]")).not_to_be_checked()
+        expect(off.locator("[data-at]")).to_be_visible()
+        expect(off.locator("[data-at]")).to_have_value(re.compile("^1, ?3$"))
+        expect(page.locator('[data-feature][data-index="24"] [data-at]')).to_be_hidden()
+    expect(page.locator("[data-steered]")).to_have_text(steered)
+
+
+def test_seeds_samples_stop_strings_and_stopping(page: Page, demo_server: Demo) -> None:
+    lab(page, demo_server, "&temperature=1&n_tokens=8&n_samples=2")
+    steered = page.locator('[data-column="steered"] .stream')
+    generated(page)
+    expect(steered).to_have_count(2)
+    first = steered.all_inner_texts()
+    assert first[0] != first[1]
+    generated(page)
+    assert steered.all_inner_texts() == first  # the same seed
+    page.get_by_role("button", name="New seed").click()
+    expect(page.locator("[data-form] [name=seed]")).not_to_have_value("16")
+    expect(page.locator("[data-share]")).to_be_visible(timeout=LONG)
+    assert steered.all_inner_texts() != first
+    page.get_by_text("More", exact=True).click()
+    default = page.locator("[data-default]")
+    prompt, whole = page.locator("[data-prompt]").input_value(), default.inner_text()
+    stop = whole.removeprefix(prompt).split()[1][:2]
+    page.get_by_label("stop at").fill(stop)
+    generated(page)
+    expect(default).to_have_text(prompt + whole.removeprefix(prompt).split(stop)[0])
+    page.get_by_label("stop at").fill("")
+    page.get_by_label("tokens", exact=True).fill("200")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    expect(page.locator("[data-steered] .tok").nth(1)).to_be_visible(timeout=LONG)
+    page.keyboard.press("Escape")
+    expect(page.locator("[data-status]")).to_contain_text("Stopped after")
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert page.locator("[data-steered] .tok").count() < 200
+
+
+def test_a_vector_file_and_a_grid_of_two(page: Page, demo_server: Demo) -> None:
+    lab(page, demo_server, "&temperature=0&n_tokens=5")
+    page.get_by_text("Custom vectors").click()
+    form = page.locator("[data-upload-vector]")
+    form.get_by_label("name").fill("one way")
+    file = json.dumps([1.0, *([0.0] * 575)]).encode()
+    form.locator("[type=file]").set_input_files({"name": "v.json", "mimeType": "application/json", "buffer": file})
+    form.get_by_role("button", name="Add").click()
+    expect(page.locator(".steered")).to_have_count(2, timeout=LONG)
+    page.get_by_text("Sweep a strength").click()
+    sweep = page.locator("[data-sweep-form]")
+    expect(sweep.locator("[name=from2]")).to_be_hidden()
+    sweep.locator("[name=second]").select_option("1")
+    for name in ("steps", "steps2"):
+        sweep.locator(f"[name={name}]").fill("2")
+    page.get_by_role("button", name="Sweep", exact=True).click()
+    table = page.locator("[data-sweep-result] tbody tr")
+    expect(table).to_have_count(5, timeout=LONG)
+    expect(table.nth(4).locator("td").nth(1)).to_have_text("20")
+
+
+def test_the_last_answer_can_be_made_again_and_a_saved_conversation_goes_on(page: Page, demo_server: Demo) -> None:
+    lab(page, demo_server, "&temperature=0&n_tokens=6")
+    page.get_by_role("button", name="Conversation").click()
+    page.get_by_label("Message").fill("Where do you live?")
+    page.get_by_role("button", name="Send").click()
+    again = page.locator('[data-column="steered"] [data-last]').get_by_role("button", name="regenerate")
+    expect(again).to_be_visible(timeout=LONG)
+    answer = page.locator("[data-steered]").inner_text()
+    again.click()
+    expect(page.locator('[data-column="steered"] .turn')).to_have_count(1)
+    expect(page.locator("[data-share]")).to_be_visible(timeout=LONG)
+    expect(page.locator("[data-steered]")).to_have_text(answer)
+    page.goto(page.locator("[data-share] a").get_attribute("href") or "")
+    expect(page.locator("[data-steered]")).to_have_text(answer)
+    page.get_by_label("Message").fill("And why?")
+    generated(page)
+    turns = page.locator('[data-column="steered"] .turn')
+    expect(turns).to_have_count(3)
+    expect(turns.nth(1)).to_contain_text(answer)
+
+
+def test_the_prompt_lab_leads_here_with_its_text(page: Page, demo_server: Demo) -> None:
+    page.goto(f"/{demo_server.model}/prompt?text=They+dug+a+grave&sae={demo_server.source}")
+    page.get_by_role("link", name="steer with feature").first.click(timeout=LONG)
+    expect(page.locator("[data-prompt]")).to_have_value("They dug a grave")
+    expect(page.locator(".steered")).to_have_count(1)
 
 
 def test_the_form_works_without_javascript(browser: Browser, demo_server: Demo) -> None:

@@ -104,7 +104,7 @@ def test_the_card_knows_the_language_model(made: Made) -> None:
     head = 10 if made.name in ("mistral", "gemma2", "gemma3-text", "qwen3") else D_MODEL // N_HEADS
     assert (card.n_layers, card.d_model, card.n_heads, card.d_head) == (N_LAYERS, D_MODEL, N_HEADS, head)
     assert (card.d_mlp, card.d_vocab, card.n_ctx) == (4 * D_MODEL if made.name == "gpt2" else 52, 300, 96)
-    assert (card.bos_token_id, card.has_chat_template) == (0, False)
+    assert (card.bos_token_id, card.has_chat_template) == (0, True)
 
 
 def test_every_hook_of_every_layer_is_what_transformer_lens_says(made: Made) -> None:

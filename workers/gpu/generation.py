@@ -36,6 +36,18 @@ class NotFinite(ArithmeticError):
 
 
 @dataclass(eq=False)
+class Grown:
+    """A token that a row has grown by, before it is told of under the row's names."""
+
+    sample: int
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+    keep: int | None = None
+    """See app.protocol.Token."""
+
+
+@dataclass(eq=False)
 class Row:
     """One text that grows. It may be shown under several names, where rows of a run are alike."""
 
@@ -45,7 +57,7 @@ class Row:
     ids: list[int]
     interventions: Interventions
     sampler: Sampler
-    held: list[Token] = field(default_factory=list[Token])
+    held: list[Grown] = field(default_factory=list[Grown])
     """Tokens that may turn out to be the beginning of a stop string."""
 
     @property
@@ -83,29 +95,27 @@ class Run:
         """Positions its part of the KV cache may come to."""
         return self.n_rows * (max(row.n_prompt for row in self.rows) + self.asked.max_new_tokens)
 
-    def take(self, row: Row, token: int, logprob: float, top: list[tuple[int, float]]) -> tuple[list[Token], bool]:
+    def take(self, row: Row, token: int, logprob: float, top: list[tuple[int, float]]) -> tuple[list[Grown], bool]:
         """Give a row its next token; return what can be shown of it by now, and whether the row goes on."""
         if token in self.stops:
             return self._end(row, "eos"), False
         row.ids.append(token)
         row.sampler.took(token)
-        event = Token.model_construct(
-            row="", sample=row.sample, id=token, logprob=logprob, top=top, more=False, keep=None
-        )
+        grown = Grown(row.sample, token, logprob, top)
         if not self.asked.stop:
-            shown = [event]
+            shown = [grown]
         else:
-            shown, stopped = self._hold(row, event)
+            shown, stopped = self._hold(row, grown)
             if stopped:
                 return shown + self._end(row, "stop"), False
         if row.n_new == self.asked.max_new_tokens:
             return shown + self._end(row, "length"), False
         return shown, True
 
-    def _hold(self, row: Row, event: Token) -> tuple[list[Token], bool]:
+    def _hold(self, row: Row, grown: Grown) -> tuple[list[Grown], bool]:
         """Keep back what may be part of a stop string; cut the text where one begins."""
         assert self.words is not None
-        row.held.append(event)
+        row.held.append(grown)
         strings = self.words.strings(row.ids[row.n_prompt :])
         starts = [0, *accumulate(map(len, strings))]
         text, first = "".join(strings), len(strings) - len(row.held)
@@ -113,7 +123,7 @@ class Run:
         if begins >= 0:
             shown = [token for n, token in enumerate(row.held, first) if starts[n] < begins]
             if shown:
-                shown[-1].__dict__["keep"] = begins - starts[first + len(shown) - 1]
+                shown[-1].keep = begins - starts[first + len(shown) - 1]
             row.held = []
             return shown, True
         # A character that is not complete yet may become part of one, too.
@@ -123,7 +133,7 @@ class Run:
         shown, row.held = row.held[:n_safe], row.held[n_safe:]
         return shown, False
 
-    def _end(self, row: Row, why: str) -> list[Token]:
+    def _end(self, row: Row, why: str) -> list[Grown]:
         self._alive -= 1
         self.finish += [(name, row.sample, why) for name in row.names]
         held, row.held = row.held, []
@@ -352,24 +362,31 @@ def _advance(
     own = (logits[range(len(chosen)), chosen] - totals).tolist()
     tops = _tops(logits, totals, [run.asked.n_logprobs for run, _ in rows])
     failed = {id(run) for (run, _), finite in zip(rows, totals.isfinite().tolist(), strict=True) if not finite}
-    found: dict[int, tuple[Run, list[Token] | NotFinite]] = {}
+    found: dict[int, tuple[Run, list[tuple[str, Grown]]]] = {}
     alive: list[tuple[Run, Row]] = []
     for (run, row), token, logprob, top in zip(rows, chosen, own, tops, strict=True):
+        events = found.setdefault(id(run), (run, []))[1]
         if id(run) in failed:
-            words = "The model's logits are no longer finite; lower the strength of the steering."
-            found[id(run)] = (run, NotFinite(words))
             continue
         shown, goes_on = run.take(row, token, logprob, top)
-        events = found.setdefault(id(run), (run, []))[1]
-        assert isinstance(events, list)
-        events += [token.model_copy(update={"row": name}) for token in shown for name in row.names]
+        events += [(name, grown) for grown in shown for name in row.names]
         if goes_on:
             alive.append((run, row))
-    for _, outcome in found.values():
-        if isinstance(outcome, list):
-            for event in outcome[:-1]:
-                event.__dict__["more"] = True
-    return list(found.values()), alive
+    words = "The model's logits are no longer finite; lower the strength of the steering."
+    return [
+        (run, NotFinite(words) if key in failed else _tokens(events)) for key, (run, events) in found.items()
+    ], alive
+
+
+def _tokens(events: list[tuple[str, Grown]]) -> list[Token]:
+    """What a step has made of one run. Not validated: every token of every row comes through here."""
+    last = len(events) - 1
+    return [
+        Token.model_construct(
+            row=name, sample=one.sample, id=one.id, logprob=one.logprob, top=one.top, more=n < last, keep=one.keep
+        )
+        for n, (name, one) in enumerate(events)
+    ]
 
 
 def _tops(logits: Tensor, totals: Tensor, wanted: list[int]) -> list[list[tuple[int, float]]]:
