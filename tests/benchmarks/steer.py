@@ -1,7 +1,7 @@
 """Steering over HTTP against transformers' generate with KV cache and a forward hook, and transformer-lens' with hooks.
 
-A run is a default and a steered row of 64 tokens: one run, eight at once against eight in sequence, the time to the
-first token. All greedy, so every side makes the same tokens.
+A run is a default and a steered row of 48 tokens: one run, eight at once against eight in sequence, the time to the
+first token, how soon the view of the next token follows its slider. All greedy, so every side makes the same tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import orjson
@@ -20,7 +22,7 @@ from tests.benchmarks.servers import Servers, demo, interleaved, medians, second
 from workers.checkpoints import load_sae
 from workers.language_model import LanguageModel
 
-N_TOKENS, ROUNDS, STRENGTH, LATENT, N_RUNS = 64, 5, 8.0, 17, 8
+N_TOKENS, ROUNDS, STRENGTH, LATENT, N_RUNS = 48, 3, 8.0, 17, 8
 PROMPT = "The most important thing to know about the sea is"
 
 
@@ -48,6 +50,8 @@ def main() -> dict[str, Any]:
             "lens": lambda: 2 * N_TOKENS / seconds(lens),
         }
         found = medians(interleaved(sides, ROUNDS, warm_up=1))
+        follow = next_token(servers)
+        views = [seconds(partial(follow, n)) for n in range(12)][2:]
     return {
         "one run over HTTP, tokens/s": round(found["one"], 1),
         "generate of two rows with a hook, tokens/s": round(found["plain"], 1),
@@ -55,9 +59,21 @@ def main() -> dict[str, Any]:
         "eight runs at once, tokens/s": round(found["eight"], 1),
         "ratio to eight generates in sequence (aim >= 3)": round(found["eight"] / found["plain"], 2),
         "time to the first token, ms": round(1000 * sorted(firsts)[len(firsts) // 2], 1),
+        "view of the next token, ms (aim < 100)": round(1000 * median(views), 1),
         "transformer-lens' generate with hooks, tokens/s": round(found["lens"], 1),
         "ratio to transformer-lens": round(found["one"] / found["lens"], 2),
     }
+
+
+def next_token(servers: Servers) -> Callable[[float], None]:
+    """What the page asks when a slider comes to rest at a strength."""
+
+    def look(strength: float) -> None:
+        feature = {"modelId": servers.model, "layer": servers.source, "index": LATENT, "strength": strength}
+        body = {"prompt": PROMPT, "modelId": servers.model, "features": [feature]}
+        assert servers.http.post("/api/steer/next", json=body).status_code == 200
+
+    return look
 
 
 def steered_run(servers: Servers) -> Callable[[int], tuple[int, float]]:
