@@ -126,6 +126,31 @@ def test_kept_and_new_texts_are_answered_in_one_batch(tiny: Tiny, language: Lang
         np.testing.assert_allclose(dense(acts), dense(alone), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["topk", "standard"])
+def test_a_second_feature_on_a_text_costs_its_column_alone(
+    name: str, tiny: Tiny, language: LanguageModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the prompt lab asks: the top k and the totals of the text are the same for every feature."""
+    coder, sae, residuals = request.getfixturevalue(name), getattr(tiny, name), Residuals(10**6)
+
+    def ask(text: str, latents: list[int], kept: Residuals | None = residuals) -> SaeActs:
+        query = SaeQuery(sae=sae, top_k=4, latents=latents, totals=True)
+        [[found]] = encode(language, [Text(language.to_ids(text), [(coder, query)])], kept)
+        return found
+
+    best = [i for row in ask(TEXTS[1], [], None).top_indices for i in row]
+    wanted = [best[0], best[-1], D_SAE - 1, best[0]]
+    ask(TEXTS[1], [3])
+    fresh = ask(TEXTS[1], wanted, None)
+    for heavy in ("encode", "encode_topk", "predict"):
+        monkeypatch.setattr(type(coder), heavy, lambda *_: pytest.fail("all latents were encoded again"))
+    second = ask(TEXTS[1], wanted)
+    assert second.top_indices == fresh.top_indices
+    assert max(map(max, second.latents)) > 0
+    for values in ("latents", "total", "l0", "error"):
+        np.testing.assert_allclose(getattr(second, values), getattr(fresh, values), rtol=1e-4, atol=1e-5)
+
+
 def test_kept_activations_stay_within_their_bytes_and_the_oldest_go_first(language: LanguageModel) -> None:
     size = 4 * D_IN * 4  # four positions
     residuals = Residuals(2 * size)

@@ -1,6 +1,7 @@
-"""Activations at hooks of texts read lately, within a bound of bytes: a second question on a text skips the model.
+"""What was computed of texts read lately, within a bound of bytes: a second question on a text skips the model.
 
-Kept on the device, least recently used first out. Used from the lane's thread alone. What is kept is never written to.
+Activations at hooks, and of SAEs the top k and the totals, which cost the whole encoder. Kept on the device, least
+recently used first out. Used from the lane's thread alone. What is kept is never written to.
 """
 
 from __future__ import annotations
@@ -36,8 +37,18 @@ class Residuals:
         self.hits += 1
         return {hook: self._kept[key] for hook, key in keys.items()}
 
+    def find(self, language: LanguageModel, ids: Sequence[int], name: str) -> Float[Tensor, "pos d"] | None:
+        """Return what was kept of a text under a name."""
+        key = _key(language, name, ids)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
     def put(self, language: LanguageModel, ids: Sequence[int], hook: str, acts: Float[Tensor, "pos d"]) -> None:
-        """Keep a text's activations, and drop what was used longest ago. A text that is too large is not kept."""
+        """Keep something of a text under its hook or another name, and drop what was used longest ago.
+
+        What is too large is not kept.
+        """
         nbytes = acts.numel() * acts.element_size()
         key = _key(language, hook, ids)
         if nbytes > self.max_bytes or key in self._kept:
