@@ -122,12 +122,15 @@ def test_every_hook_of_every_layer_is_what_transformer_lens_says(made: Made) -> 
 
 
 def test_residuals_are_the_hidden_states_of_transformers(made: Made) -> None:
+    """In every layer. Its last hidden state has gone through the final norm, and here so does the last residual."""
     states = made.model.hf(made.ids, output_hidden_states=True).hidden_states
-    for layer in range(N_LAYERS - 1):  # transformers normalises the last one
+    assert len(states) == N_LAYERS + 1
+    for layer in range(N_LAYERS):
         names = [f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_resid_post"]
-        read = made.model.read(made.ids, names)
-        torch.testing.assert_close(read[names[0]], states[layer])
-        torch.testing.assert_close(read[names[1]], states[layer + 1])
+        pre, post = (made.model.read(made.ids, names)[name] for name in names)
+        torch.testing.assert_close(pre, states[layer])
+        last = layer == N_LAYERS - 1
+        torch.testing.assert_close(made.model.final_norm()(post) if last else post, states[layer + 1])
 
 
 def test_the_parts_of_a_block_add_up_to_its_output(made: Made) -> None:

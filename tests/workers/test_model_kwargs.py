@@ -15,12 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from app import formats, model_kwargs, weights
 from app.errors import BadFile
-from app.protocol import SaeQuery, SaeRef, Target
+from app.protocol import Operation, SaeQuery, SaeRef, SteerDirection, Target
 from app.settings import Settings
 from tests.tiny import TEXT, save_tiny_model
 from workers.checkpoints import load_sae, save_sae
 from workers.gpu import attribution
 from workers.gpu.encoding import Text, encode
+from workers.gpu.interventions import Applied, edits, intervention
 from workers.install_model import install
 from workers.language_model import LanguageModel
 from workers.sae.coders import Coder
@@ -29,6 +30,7 @@ from workers.sae.stats import ReconstructionStats
 N_LAYERS, D_MODEL, N_HEADS, N_CTX, D_SAE = 3, 24, 4, 96, 31
 CENTRED = {"center_writing_weights": True}
 RESID = "blocks.1.hook_resid_post"
+STEERED = [(Operation.ORTHOGONAL, -2.0), (Operation.CAP, -9.0), (Operation.CLAMP, 9.0), (Operation.SCALE, 3.0)]
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,46 @@ def test_faithfulness_and_error_shares_are_those_of_the_model_it_was_trained_on(
         assert found.loss_ablated == pytest.approx(loss(torch.zeros_like), rel=1e-4)
     shares = (x - x_hat).square().sum(-1) / x.square().sum(-1)
     assert acts.error == pytest.approx(shares.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("normalise", ["none", "layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize(("operation", "coefficient"), STEERED)
+def test_steering_along_a_centred_sae_does_what_it_does_in_its_own_model(
+    ours: LanguageModel, tmp_path: Path, operation: Operation, coefficient: float, normalise: str
+) -> None:
+    """Decoder rows and residuals have means over d_model that are not 0, which projections must not count here."""
+    coder, reference = sae(tmp_path, CENTRED, normalize_activations=normalise)
+    model, tokens = theirs(ours, **CENTRED), ids(ours)
+    with torch.no_grad():
+        latent = int(reference.encode(cached(model, tokens, RESID)).sum((0, 1)).argmax())
+    ref = SaeRef(id="gpt2/1-sae", path="sae")
+    asked = SteerDirection(sae=ref, latent=latent, operation=operation, coefficient=coefficient)
+    what = intervention(asked, {"sae": coder}, ours)
+    rows = [Applied(row, what, None) for row in range(len(tokens))]
+    with torch.inference_mode(), ours.edited(edits(rows, len(tokens))):
+        found = ours.hf(input_ids=tokens).logits.log_softmax(-1)
+
+    def theirs_steered(h: torch.Tensor, hook: Any) -> torch.Tensor:
+        v = reference.W_dec[latent] / reference.W_dec[latent].norm()
+        along = (h @ v)[..., None]
+        if operation is Operation.ORTHOGONAL:
+            return h + (coefficient - 1) * along * v
+        if operation is Operation.CAP:
+            return h - (along - coefficient).clamp_min(0) * v
+        acts = reference.encode(h)
+        changed = acts.clone()
+        changed[..., latent] = {Operation.CLAMP: coefficient, Operation.SCALE: coefficient * acts[..., latent]}[
+            operation
+        ]
+        before = reference.decode(acts)  # undoes the normalisation of the last encode
+        reference.encode(h)
+        return h + reference.decode(changed) - before
+
+    with torch.inference_mode():
+        wanted = model.run_with_hooks(tokens, fwd_hooks=[(RESID, theirs_steered)]).log_softmax(-1)
+        plain = model(tokens).log_softmax(-1)
+    assert float((wanted - plain).abs().max()) > 0.1
+    close(found, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("kwarg", ["fold_ln", "fold_value_biases", "center_unembed"])

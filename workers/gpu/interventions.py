@@ -79,9 +79,15 @@ class Intervention:
         return steering.activation_shift(x, self.coder, self.latent, scale=scale, value=value)
 
     def turn(self, h: Tensor) -> Tensor:
-        """What replaces h, [n, d] in float32."""
+        """What replaces h, [n, d] in float32.
+
+        A projection is that of h as the SAE's own model has it: where that model's residual stream is centred, the mean
+        that is left out of the projection is put back behind it. The LayerNorms that read h do not see it.
+        """
+        h = h.float()
+        seen = h if self.coder is None else self.coder.aim(h)
         act = steering.orthogonal if self.operation is Operation.ORTHOGONAL else steering.cap
-        return act(h.float(), self.direction, self.coefficient)
+        return act(seen, self.direction, self.coefficient) + (h - seen)
 
 
 _SHIFTS = {
