@@ -8,6 +8,7 @@
     |- Conflict        409     exists already with other content
     |- TooLarge        413     over a byte or quota limit
     |- Busy            429     a bounded queue is full; retry_after seconds
+    |- Full            507     the disk
     |- Unavailable     503     the gpu worker or the database cannot answer now; retry_after seconds
 
 Raised where the problem is noticed; turned into a page, a partial or JSON in app.web.problems, into an exit
@@ -50,6 +51,10 @@ class Conflict(AtlasError):
 
 class TooLarge(AtlasError):
     status = 413
+
+
+class Full(AtlasError):
+    status = 507
 
 
 class Busy(AtlasError):

@@ -1,21 +1,25 @@
 """SAEs as other libraries save them, turned into SAELens' directory format before they are checked and stored.
 
 Torch-free: numpy reads safetensors and npz; a pickled ae.pt is opened by `python -m workers.convert_sae`, which accepts
-tensors alone. What a file does not say (Gemma Scope's hook) comes from the names of its folders or from the person.
-What comes out is still foreign: app.weights judges it like any other directory. Raises BadFile.
+tensors alone. Tensors are held by a process of its own (`python -m app.formats`), never by the one that asks: a file
+larger than the memory ends that process and no server. What a file does not say (Gemma Scope's hook) comes from the
+names of its folders or from the person. What comes out is still foreign: app.weights judges it like any directory.
+Raises BadFile, and TooLarge where memory does not suffice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app import tensorfile
-from app.errors import AtlasError, BadFile
+from app.errors import AtlasError, BadFile, TooLarge
 from app.settings import Settings
 from app.tensorfile import Arrays
 from app.weights import CONFIG, SHAPE_VERSION, WEIGHTS, modernised, read_json
@@ -77,21 +81,85 @@ class Format:
 @contextmanager
 def in_saelens_format(directory: Path, settings: Settings, hints: Hints) -> Generator[Recognised]:
     """Yield the directory itself where it is SAELens', otherwise a converted copy that lives as long as the block."""
-    found = recognise(directory)
-    if found is None and hints.norm_scale and _expects_scaled(directory):
-        found = _SCALED
+    found = _format(directory, hints)
     if found is None and not hints.overrides:
         yield Recognised(directory, SAELENS)
         return
-    foreign = found.read(directory, hints, settings) if found else None
     (settings.data_dir / "saes").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.data_dir / "saes", prefix=".new-") as scratch:
-        if found and foreign:
-            _write(Path(scratch), foreign, hints)
+        if found:
+            _convert_apart(directory, Path(scratch), settings, hints)
             yield Recognised(Path(scratch), found.name)
         else:
             _link(Path(scratch), directory, hints)
             yield Recognised(Path(scratch), SAELENS)
+
+
+def _format(directory: Path, hints: Hints) -> Format | None:
+    found = recognise(directory)
+    return _SCALED if found is None and hints.norm_scale and _expects_scaled(directory) else found
+
+
+def _convert_apart(directory: Path, out: Path, settings: Settings, hints: Hints) -> None:
+    """Have another process convert. Raises what it raised, TooLarge where it was ended for the memory it took."""
+    order = _Order(
+        str(directory.absolute()), str(out.absolute()), str(settings.data_dir), settings.max_sae_bytes, hints
+    )
+    command = [sys.executable, "-m", "app.formats"]
+    done = subprocess.run(command, input=json.dumps(asdict(order)), capture_output=True, text=True, errors="replace")
+    if done.returncode in (-signal.SIGKILL, _NO_MEMORY):
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        raise TooLarge(
+            f"Converting {size / 2**20:,.0f} MiB to SAELens' format took more memory than this machine has free, "
+            f"about {3 * size / 2**20:,.0f} MiB. Convert it on a larger one with SAELens' save_model; files in its "
+            "format are read piece by piece."
+        )
+    if done.returncode != 0:
+        said = (done.stderr.strip() or "nothing was said").splitlines()[-1]
+        number, _, words = said.partition(" ")
+        if done.returncode == _SYSTEM:
+            raise OSError(int(number), words)
+        raise {_REFUSED: BadFile}.get(done.returncode, AtlasError)(said)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What the converting process is told, as JSON."""
+
+    directory: str
+    out: str
+    data_dir: str
+    max_sae_bytes: int
+    hints: Hints
+
+
+_REFUSED, _FAILED, _SYSTEM, _NO_MEMORY = 10, 11, 12, 13
+"""How the converting process ends: BadFile, another AtlasError, OSError, MemoryError; the last line says why."""
+
+
+def _convert() -> int:
+    """The converting process: read the order, convert, and say how it went."""
+    order: _Json = json.load(sys.stdin)
+    hints, directory = Hints(**order["hints"]), Path(order["directory"])
+    settings = Settings(data_dir=Path(order["data_dir"]), max_sae_bytes=order["max_sae_bytes"])
+    with contextlib.suppress(OSError):  # Linux: where memory runs out, this process ends before any other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        found = _format(directory, hints)
+        assert found is not None
+        _write(Path(order["out"]), found.read(directory, hints, settings), hints)
+    except MemoryError:
+        return _NO_MEMORY
+    except OSError as error:
+        return _ended(_SYSTEM, f"{error.errno} {error.strerror}")
+    except AtlasError as error:
+        return _ended(_REFUSED if isinstance(error, BadFile) else _FAILED, error.message)
+    return 0
+
+
+def _ended(status: int, words: str) -> int:
+    sys.stderr.write("\n" + " ".join(words.split()))
+    return status
 
 
 def _link(scratch: Path, directory: Path, hints: Hints) -> None:
@@ -115,9 +183,14 @@ def recognise(directory: Path) -> Format | None:
             return format
     names = sorted(path.name for path in directory.iterdir())
     pickled = any(name.endswith((".pt", ".pth", ".pkl", ".bin", ".ckpt")) for name in names)
-    if WEIGHTS in names or (CONFIG in names and pickled) or pickled:
+    if WEIGHTS in names or pickled:
         return None  # SAELens', or refused by app.weights in its own words
     held = ", ".join(names[:8])[:200] or "nothing"
+    if CONFIG in names and not any(name.endswith((".safetensors", ".npz")) for name in names):
+        raise BadFile(
+            f"{directory} holds {held}, but no weights; {WEIGHTS} (SAELens) or sae.safetensors (sparsify) "
+            "belongs there."
+        )
     ways = "; ".join(f"{name} ({files})" for name, files in known())
     raise BadFile(f"{directory} holds {held}. Known are {ways}.")
 
@@ -243,7 +316,10 @@ def _read_sparsify(directory: Path, hints: Hints, settings: Settings) -> Foreign
                 "SAELens has no architecture for the others; add the autoencoder of the same layer instead."
             )
     if config.get("activation", "topk") != "topk":
-        raise BadFile(f"{CONFIG}: activation {str(config['activation'])[:40]!r} is not known; topk is.")
+        raise BadFile(
+            f"{CONFIG}: activation {str(config['activation'])[:40]!r} is not known; topk is. "
+            "SAELens has no architecture for it; add a coder of the same layer trained with topk."
+        )
     arrays = tensorfile.load(directory / "sae.safetensors", settings.max_sae_bytes)
     kept = {
         "W_enc": _take(arrays, "encoder.weight", 2).T,
@@ -589,3 +665,7 @@ def _positive(name: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
         raise BadFile(f"hyperparams.json: {name} is {str(value)[:40]}; it must be a number above 0.")
     return float(value)
+
+
+if __name__ == "__main__":
+    sys.exit(_convert())

@@ -27,6 +27,7 @@ _HEADINGS = {
     422: "That cannot be used",
     429: "Busy",
     503: "Not available just now",
+    507: "No room",
 }
 
 

@@ -5,9 +5,12 @@ The body is parsed here rather than by the framework, which would keep the files
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
@@ -21,7 +24,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import catalog, formats, harvests, hub, validations, weights
 from app.catalog import ModelEntry
-from app.errors import AtlasError, BadFile, BadInput, TooLarge
+from app.errors import AtlasError, BadFile, BadInput, Full, TooLarge
 from app.settings import Settings
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
@@ -68,19 +71,32 @@ async def upload(request: Request, session: Db, settings: Config) -> Response:
     home.mkdir(parents=True, exist_ok=True)
     fields: dict[str, str] = {}
     try:
-        with tempfile.TemporaryDirectory(dir=home, prefix=".upload-") as scratch:
+        with _full_in_words(home), tempfile.TemporaryDirectory(dir=home, prefix=".upload-") as scratch:
             form = Form(Path(scratch), fields, settings.max_sae_bytes)
             await form.read(request.headers.get("content-type", ""), request.stream())
             where = "/".join(filter(None, (fields.get("folder", "").strip(), form.folder)))
             path = await run_in_threadpool(_add, session, settings, Path(scratch), fields, where)
     except AtlasError as error:
         # The rest of a body that is too large is not read: the connection ends with the answer.
-        headers = {"connection": "close"} if isinstance(error, TooLarge) else {}
+        headers = {"connection": "close"} if isinstance(error, TooLarge | Full) else {}
         if _wants_json(request):
             return JSONResponse({"error": error.message, "message": error.message}, error.status, headers)
         page = await run_in_threadpool(_page, session, settings, fields, of(error))
         return render(request, "upload.html", page, status=error.status, headers=headers)
     return JSONResponse({"url": path}) if _wants_json(request) else RedirectResponse(path, 303)
+
+
+@contextmanager
+def _full_in_words(home: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise Full(
+            f"The server's disk has no room for it ({error.strerror}): {shutil.disk_usage(home).free / 2**20:,.0f} MiB "
+            "are free. Nothing was kept; send it again once there is room."
+        ) from None
 
 
 class Form:

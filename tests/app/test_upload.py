@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     "9 deep": (sae(b"[" * 10_000 + b"]" * 10_000), "nested"),
     "9 a large config": (sae(b" " * 3_000_000), "at most 1,048,576"),
     "10 a path": (sae(config(dataset="../../etc/passwd")), "names a place"),
-    "no weights": ({CONFIG: b"{}"}, "The upload holds cfg.json. Known are SAELens"),
+    "no weights": ({CONFIG: b"{}"}, "The upload holds cfg.json, but no weights"),
     "nothing": ({"readme.txt": b"x"}, "No SAE was sent"),
     "layer": (sae(config(metadata={"hook_name": "blocks.9.hook_resid_post"})), "layers 0 to 2"),
     "twice": ({f"a/{CONFIG}": b"{}", f"b/{CONFIG}": b"{}"}, "sent twice"),

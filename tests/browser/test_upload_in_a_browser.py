@@ -22,7 +22,9 @@ def test_an_sae_is_added_by_its_folder_and_removed(
         page.goto(f"{url}/upload")
         page.set_input_files("#upload-files", [tmp_path / "up" / "cfg.json"])
         page.get_by_role("button", name="Add it").click()
-        expect(page.get_by_role("alert")).to_contain_text("holds no sae_weights.safetensors")
+        expect(page.get_by_role("alert")).to_contain_text(
+            "The upload holds cfg.json, but no weights; sae_weights.safetensors (SAELens)"
+        )
         page.set_input_files("#upload-folder", tmp_path / "up")
         page.get_by_role("button", name="Add it").click()
         page.wait_for_url("**/tiny/1-sae")
