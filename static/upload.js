@@ -1,7 +1,7 @@
 // The page that adds an SAE: files by choice or drop, progress while they go up, the server's sentence if it refuses.
 
 const wanted = (file) => /\.(json|safetensors|npz|pt|pth|pkl|bin|ckpt)$/.test(file.name);
-const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+const mib = (bytes) => (bytes < 2 ** 19 ? `${Math.ceil(bytes / 1024)} KiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
 
 export function mount() {
   const form = document.querySelector("[data-upload]");
@@ -23,11 +23,19 @@ export function mount() {
   });
   // Files chosen before this script arrived, or kept by the browser over a reload.
   form.querySelectorAll("input[type=file]").forEach((input) => input.files.length && choose(input.files));
-  part("drop").addEventListener("dragover", (event) => event.preventDefault());
-  part("drop").addEventListener("drop", async (event) => {
+  const drop = part("drop");
+  drop.addEventListener("dragover", (event) => {
     event.preventDefault();
+    drop.dataset.over = "yes";
+  });
+  drop.addEventListener("dragleave", (event) => drop.contains(event.relatedTarget) || delete drop.dataset.over);
+  drop.addEventListener("drop", async (event) => {
+    event.preventDefault();
+    delete drop.dataset.over;
+    form.querySelectorAll("input[type=file]").forEach((input) => (input.value = ""));
+    const dropped = [...event.dataTransfer.files];
     const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-    choose((await Promise.all(entries.map(filesOf))).flat());
+    choose(entries.length ? (await Promise.all(entries.map(filesOf))).flat() : dropped);
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
