@@ -744,8 +744,9 @@ def _session(settings: Settings, migrate: bool = False) -> Generator[Session]:
     if migrate or db.is_empty(engine):
         db.migrate(engine)
     db.check_schema(engine)
-    with db.sessions(engine).begin() as session:
+    with db.sessions(engine)() as session:
         yield session
+        session.commit()
     engine.dispose()
 
 

@@ -283,7 +283,7 @@ def source_page(
 ) -> Response:
     if source.isascii() and source.isdigit() and len(source) < 6:
         return RedirectResponse(catalog.default_source(session, model, int(source)).path, 302)
-    if partial(request):
+    if partial(request) and not request.headers.get("hx-target", "").endswith("#check"):  # that one wants the verdict
         found = catalog.source_card(session, model, source)
         shown = TablePage(found, catalog.table(session, found, wanted.filter()), wanted.shown)
         return render(request, "_rows.html" if wanted.rows else "_features.html", shown)

@@ -74,6 +74,9 @@ def test_an_uploaded_sae_is_stored_catalogued_and_checked(client: TestClient, se
     assert (answer.status_code, answer.headers["location"]) == (303, "/tiny/1-up")
     page = client.get("/tiny/1-up").text
     assert "It is being checked on real text" in page
+    # The page asks for this line again and again; what it gets must hold it.
+    polled = client.get("/tiny/1-up", headers={"hx-request": "true", "hx-target": "p#check"}).text
+    assert 'id="check"' in polled
     with db.sessions(db.connect(settings))() as session:
         source = harvests.source_named(session, "tiny", "1-up")
         job = session.scalars(select(Job)).one()
