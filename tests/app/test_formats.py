@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import re
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,11 +42,9 @@ def stored(directory: Path, settings: Settings, **hints: str) -> tuple[SaeFacts,
 
 
 def refusal(directory: Path, settings: Settings, **hints: str) -> str:
-    """The sentence of a refusal, which leaves nothing behind and is quick."""
-    started = time.monotonic()
+    """The sentence of a refusal, which leaves nothing behind."""
     with pytest.raises(BadFile) as caught:
         stored(directory, settings, **hints)
-    assert time.monotonic() - started < 8
     assert not [path for path in settings.data_dir.rglob("*") if path.is_file()]
     return caught.value.message
 
