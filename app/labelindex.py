@@ -30,6 +30,11 @@ MIN_COSINE = 0.3
 """Texts further than this from the query in meaning, and without its words, are no hits."""
 MAX_BY_MEANING = 200
 MAX_WORDS = 12
+COARSE_DIMENSIONS = 96
+"""Of many vectors only these are compared at first, the directions in which they differ most."""
+MAX_EXACT = 20_000
+"""Up to so many vectors are compared whole at once; of more, only the CANDIDATES that the first look finds nearest."""
+CANDIDATES = 4_000
 _WORD = re.compile(r"[^\W_]+")
 _MAX_ALIKE = 500
 
@@ -72,6 +77,10 @@ class Index:
                 if vector is not None:
                     self._vectors[i] = np.frombuffer(vector, "<f2")
                     self.n_vectors += 1
+        self._basis, self._rotated = None, self._vectors[:, :0]
+        if self.n_vectors > MAX_EXACT:
+            self._basis = _principal(self._vectors, COARSE_DIMENSIONS)
+            self._rotated = self._vectors @ self._basis
         self._dictionary = _Dictionary(self._texts)
 
     @property
@@ -82,14 +91,14 @@ class Index:
     def find(self, query: str, vector: meaning.Vectors | None, sources: Collection[int] | None = None) -> Found:
         """Return what fits by words or by meaning, among the explanations of some sources or of all."""
         words = self._by_words(" ".join(query.lower().split()))
+        scope = None if sources is None else np.isin(self._sources, np.fromiter(sources, dtype=np.int32))
         cosines = np.zeros(len(self._texts), dtype=np.float32)
         if vector is not None and self.n_vectors:
-            cosines = self._vectors @ vector
+            cosines = self._cosines(vector, words, None if scope is None else self._text[scope])
         score = 0.6 * words + 0.4 * np.maximum(cosines, 0)
         near = cosines >= MIN_COSINE
-        chosen = np.flatnonzero(((words > 0) | near)[self._text])
-        if sources is not None:
-            chosen = chosen[np.isin(self._sources[chosen], np.fromiter(sources, dtype=np.int32))]
+        fits = ((words > 0) | near)[self._text]
+        chosen = np.flatnonzero(fits if scope is None else fits & scope)
         text = self._text[chosen]
         by_meaning = words[text] == 0
         if by_meaning.sum() > MAX_BY_MEANING:
@@ -101,6 +110,26 @@ class Index:
         order = np.lexsort((self._ids[chosen], self._lengths[text], -np.round(score[text], 4)))
         chosen, text = chosen[order], text[order]
         return Found(self._ids[chosen], words[text], cosines[text])
+
+    def _cosines(self, vector: meaning.Vectors, words: Scores, scope: npt.NDArray[np.int32] | None) -> Scores:
+        """Return cosines of the texts in scope; of many, exact for the nearest and those with the words, else 0."""
+        cosines = np.zeros(len(self._texts), dtype=np.float32)
+        looked_at = np.ones(len(self._texts), dtype=bool)
+        if scope is not None:
+            looked_at[:] = False
+            looked_at[scope] = True
+        worded = np.flatnonzero(looked_at & (words > 0))
+        if self._basis is not None and np.count_nonzero(looked_at) > MAX_EXACT and len(worded) < MAX_EXACT:
+            coarse = self._rotated @ (vector @ self._basis)
+            coarse[~looked_at] = -np.inf
+            nearest = np.argpartition(coarse, -CANDIDATES)[-CANDIDATES:]
+            exact = np.union1d(nearest, worded)
+        else:
+            exact = np.flatnonzero(looked_at)
+        if len(exact) == len(cosines):
+            return self._vectors @ vector
+        cosines[exact] = self._vectors[exact] @ vector
+        return cosines
 
     def _by_words(self, query: str) -> Scores:
         """Return for every text how well it holds all words of the query; 0 where one is missing."""
@@ -125,6 +154,12 @@ class Index:
             elif query in text:
                 scores[i] = max(scores[i], 0.9)
         return scores
+
+
+def _principal(vectors: meaning.Vectors, n: int) -> meaning.Vectors:
+    """Return the n orthonormal directions that hold most of the vectors' squared length, [d, n]."""
+    some = vectors[:: max(1, len(vectors) // MAX_EXACT)]
+    return np.ascontiguousarray(np.linalg.eigh(some.T @ some)[1][:, ::-1][:, :n])
 
 
 class _Dictionary:

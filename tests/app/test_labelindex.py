@@ -181,3 +181,23 @@ def test_the_api_answers_with_the_cosine_of_meaning(client: TestClient, filled: 
     found = client.post("/api/explanation/search-all", json={"query": "boats in a port"}).json()
     assert found["results"][0]["description"] in ("harbours and ships", "harbours", "cold harbours in winter")
     assert 0.3 < found["results"][0]["cosine_similarity"] < 1
+
+
+def test_of_very_many_vectors_the_nearest_are_found_as_if_each_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Like labels' vectors these differ more in some directions than in others.
+    n, choose = 6_000, np.random.default_rng(3)
+    made = choose.normal(size=(n, meaning.D_MODEL)) * (1 + np.arange(meaning.D_MODEL)) ** -0.5
+    made = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype("<f2")
+    texts = [f"text{i}" for i in range(n)]
+    vectors = {meaning.text_hash(text): row.tobytes() for text, row in zip(texts, made, strict=True)}
+    ids, sources = np.arange(n, dtype=np.int64), (np.arange(n) % 2).astype(np.int32)
+    whole = Index(ids, sources, texts, vectors)
+    monkeypatch.setattr(labelindex, "MAX_EXACT", 1_000)
+    monkeypatch.setattr(labelindex, "CANDIDATES", 500)
+    coarse = Index(ids, sources, texts, vectors)
+    for asked in range(0, 100, 10):
+        for scope in (None, [1]):
+            vector = made[asked].astype(np.float32)
+            best, wanted = (index.find("nowhere", vector, scope) for index in (coarse, whole))
+            assert best.ids[:20].tolist() == wanted.ids[:20].tolist()
+            np.testing.assert_allclose(best.cosines[:20], wanted.cosines[:20], atol=1e-5)
