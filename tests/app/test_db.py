@@ -89,7 +89,7 @@ def test_of_processes_that_start_at_once_on_an_empty_database_one_migrates(engin
     together = time.time() + 4
     arguments = [sys.executable, "-c", code, str(settings.data_dir), settings.database_url, str(together)]
     starts = [subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    results = [process.communicate(timeout=60) for process in starts]
+    results = [process.communicate(timeout=300) for process in starts]
     assert [out for out, _ in results] == ["ready\n"] * 3, results
 
 

@@ -77,10 +77,10 @@ def test_cancelling_a_finished_job_changes_nothing(session: Session, settings: S
 
 
 @pytest.mark.parametrize("state", [JobState.QUEUED, JobState.RUNNING, JobState.DONE])
-def test_only_a_failed_or_cancelled_job_resumes(session: Session, settings: Settings, state: JobState) -> None:
+def test_only_a_failed_cancelled_or_paused_job_resumes(session: Session, settings: Settings, state: JobState) -> None:
     job = jobs.submit(session, settings, "train", "t", {})
     job.state = state
-    with pytest.raises(Conflict, match=f"is {state}; only a failed or cancelled job"):
+    with pytest.raises(Conflict, match=f"is {state}; only a failed, cancelled or paused job"):
         jobs.resume(session, job.id)
 
 

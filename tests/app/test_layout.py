@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     *("pyproject.toml", "README.md", "docker-compose.yml", "Makefile", "Dockerfile", "LICENSE", "CHANGELOG.md"),
     *("CONTRIBUTING.md", ".ci", ".gitignore", "app", "workers", "templates", "static", "migrations", "tests"),
-    ".dockerignore",
+    *(".dockerignore", "docs"),
 }
 
 
