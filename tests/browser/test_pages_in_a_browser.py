@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
@@ -164,7 +165,7 @@ def test_steering_streams_two_texts_and_the_run_can_be_seen_again(page: Page, de
     expect(saved).to_be_visible(timeout=90_000)
     default, steered = page.locator("[data-default]").inner_text(), page.locator("[data-steered]").inner_text()
     assert default != steered
-    assert "strength=60" in page.url
+    assert f"{demo_server.source}:17:60:" in unquote(page.url)
     saved.click()
     expect(page.locator("[data-default]")).to_have_text(default)
     expect(page.locator("[data-steered]")).to_have_text(steered)
@@ -172,13 +173,19 @@ def test_steering_streams_two_texts_and_the_run_can_be_seen_again(page: Page, de
 
 def test_the_slider_and_the_exact_field_follow_each_other(page: Page, demo_server: Demo) -> None:
     page.goto(f"/{demo_server.model}/steer?source={demo_server.source}&index=17")
-    page.get_by_label("Strength of feature 17", exact=True).focus()
+    expect(page.locator("[data-steer][data-mounted]")).to_have_count(1)
+    slider, exact = (page.get_by_label(f"{kind} of feature 17", exact=True) for kind in ("Strength", "Exact strength"))
+    slider.focus()
     page.keyboard.press("End")
-    reach = page.get_by_label("Exact strength of feature 17").input_value()
-    assert float(reach) > 0
-    page.get_by_label("Exact strength of feature 17").fill(str(float(reach) * 2))
-    slider = page.get_by_label("Strength of feature 17", exact=True).input_value()
-    assert float(slider) == pytest.approx(2 * float(reach))
+    reach = float(exact.input_value())
+    assert reach > 0
+    exact.fill(str(reach / 2))
+    assert 0 < float(slider.input_value()) < float(slider.get_attribute("max") or 0)
+    exact.fill(str(reach * 2))
+    assert slider.input_value() == slider.get_attribute("max")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert float(exact.input_value()) == pytest.approx(-2 * reach, rel=1e-2)
 
 
 def test_a_feature_to_steer_is_found_by_its_index_and_removed(page: Page, demo_server: Demo) -> None:

@@ -30,7 +30,7 @@ def test_an_sae_is_added_by_its_folder_and_removed(
         page.get_by_role("button", name="Add it").click()
         page.wait_for_url("**/tiny/1-sae")
         expect(page.locator("#check")).to_contain_text("being checked on real text")
-        expect(page.locator("#memory")).to_contain_text("MiB in memory")
+        expect(page.locator("#memory")).to_contain_text("KiB in memory")
         page.get_by_text("Remove this SAE").click()
         page.get_by_role("button", name="Remove 1-sae for good").click()
         page.wait_for_url("**/tiny")
