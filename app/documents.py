@@ -127,6 +127,12 @@ def bounded(documents: Iterable[Document], limits: Limits) -> Iterator[Document]
 
 def parse_lines(lines: Iterable[tuple[int, str]], name: str, columns: Columns) -> Iterator[Document]:
     """The documents of JSONL lines, each with its number. Raises BadFile naming the line."""
+    for number, row in json_rows(lines, name, f'a JSON object with a "{columns.text}" field'):
+        yield document_of(row, columns, f"{name}, line {number}")
+
+
+def json_rows(lines: Iterable[tuple[int, str]], name: str, wanted: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of JSONL lines with their numbers; blank lines are passed over. Raises BadFile naming the line."""
     for number, line in lines:
         if not line.strip():
             continue
@@ -135,8 +141,8 @@ def parse_lines(lines: Iterable[tuple[int, str]], name: str, columns: Columns) -
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            raise BadFile(f'{name}, line {number}: expected a JSON object with a "{columns.text}" field.')
-        yield document_of(cast(dict[str, Any], row), columns, f"{name}, line {number}")
+            raise BadFile(f"{name}, line {number}: expected {wanted}.")
+        yield number, cast(dict[str, Any], row)
 
 
 def document_of(row: dict[str, Any], columns: Columns, place: str) -> Document:

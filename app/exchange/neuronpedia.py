@@ -12,11 +12,11 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.documents import Report, numbered_lines, unpacked
+from app.documents import Report, json_rows, numbered_lines, unpacked
 from app.errors import BadFile, BadInput
 from app.exchange.exported import Exported, fresh_directory
 from app.exchange.imported import Intake, Place, catalogue, check_place, intake
@@ -221,16 +221,7 @@ def _batches(directory: Path) -> list[Path]:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with unpacked(file) as opened:
-        for number, line in numbered_lines(opened, file.name):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise BadFile(f"{file.name}, line {number}: expected a JSON object.")
-            yield number, cast(dict[str, Any], row)
+        yield from json_rows(numbered_lines(opened, file.name), file.name, "a JSON object")
 
 
 def _first(file: Path) -> dict[str, Any]:
