@@ -9,6 +9,7 @@ same activations to 1e-8 of their size.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -264,6 +265,11 @@ class LanguageModel:
         finally:
             handle.remove()
         return seen[0]
+
+    @property
+    def cache_argument(self) -> str:
+        """What this model class calls its KV cache: transformers 5.24 renames it, one architecture at a time."""
+        return "cache" if "cache" in inspect.signature(self.hf.forward).parameters else "past_key_values"
 
     def hook_kinds(self) -> list[str]:
         """The kinds of hooks this architecture has, in order of evaluation."""

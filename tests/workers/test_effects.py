@@ -81,6 +81,7 @@ def following(stream: Stream, peak: Peak) -> int | None:
     return int(stream.tokens[offset]) if offset < len(stream.tokens) else None
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of arguments that transformers is about to drop
 @pytest.mark.parametrize("how", ["appended", "one by one"])
 def test_effects_equal_an_offline_recompute(
     how: str, language: LanguageModel, coders: list[Coder], stream: Stream, monkeypatch: pytest.MonkeyPatch

@@ -10,8 +10,7 @@ to the first layer that one of them steers, and all of it where the prompt is no
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -345,7 +344,7 @@ def forward(
     changes: dict[str, Edit],
 ) -> Tensor:
     """Logits after the last position: [row, d_vocab], float32."""
-    named = {_cache_name(language.hf.forward): cache}
+    named = {language.cache_argument: cache}
     with language.edited(changes):
         output = language.hf(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, logits_to_keep=1, **named
@@ -404,11 +403,6 @@ def _split(rows: list[Row], caches: list[tuple[RowCache, list[int]]]) -> list[li
         parts.append(rows[at : at + len(places)])
         at += len(places)
     return parts
-
-
-def _cache_name(run: Callable[..., object]) -> str:
-    """What this model class calls its KV cache: transformers 5.24 renames the argument, one architecture at a time."""
-    return "cache" if "cache" in inspect.signature(run).parameters else "past_key_values"
 
 
 def stop_ids(language: LanguageModel) -> frozenset[int]:

@@ -110,13 +110,17 @@ def _appended(
             for place, peak in enumerate(row):
                 positions[number, [place, place + width]] = peak.position
         queries = ids.gather(1, positions)
-        cache = seen.past_key_values
+        cache = getattr(seen, model.cache_argument)
         length = cache.get_seq_length()
         mask = _mask(positions, length, model.dtype)
         ablate = _ablations(coders, part, width)
         with model.edited(ablate):
             logits = model.hf(
-                input_ids=queries, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=queries,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **{model.cache_argument: cache},
             ).logits
         cache.crop(-queries.shape[1])
         for number, row in enumerate(part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,27 +46,29 @@ def evaluate(
     parts = read_contexts(model, stream, rows[:16], context_size, [hook], bos)
     sample = torch.cat([acts[hook][:, 1:].flatten(0, 1) for _, acts in parts])
     limit = outlier_limit(sample, max_norm_ratio)
-    metrics = _reconstruction(model, coder, stream, rows, context_size, limit, lambda s, t: report(s * 0.5, t), watch)
-    loss_rows = rows[:n_loss_contexts]
-    metrics |= _spliced(
-        model, coder, stream, loss_rows, context_size, limit, lambda s, t: report(0.5 + s * 0.5, t), watch
-    )
-    return metrics
+    held_out = _HeldOut(model, coder, stream, context_size, bos, limit, watch)
+    metrics = _reconstruction(held_out, rows, lambda share, said: report(share * 0.5, said))
+    return metrics | _spliced(held_out, rows[:n_loss_contexts], lambda share, said: report(0.5 + share * 0.5, said))
 
 
-def _reconstruction(
-    model: LanguageModel,
-    coder: Coder,
-    stream: Stream,
-    rows: npt.NDArray[np.int64],
-    context_size: int,
-    limit: float,
-    report: Report,
-    watch: Watch,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _HeldOut:
+    """What is measured, on contexts of which text, and which norms count as outliers."""
+
+    model: LanguageModel
+    coder: Coder
+    stream: Stream
+    context_size: int
+    bos: int | None
+    limit: float
+    watch: Watch
+
+
+def _reconstruction(held_out: _HeldOut, rows: npt.NDArray[np.int64], report: Report) -> dict[str, Any]:
+    model, coder, limit = held_out.model, held_out.coder, held_out.limit
     stats, n_seen = ReconstructionStats(), 0
     hook, out = coder.hook_name, coder.hook_name_out
-    for _, acts in read_contexts(model, stream, rows, context_size, [hook, out], model.bos_for(coder.config)):
+    for _, acts in read_contexts(model, held_out.stream, rows, held_out.context_size, [hook, out], held_out.bos):
         x, target = (acts[name][:, 1:].flatten(0, 1).float() for name in (hook, out))
         n_seen += len(x)
         kept = x.norm(dim=-1) <= limit
@@ -73,39 +76,29 @@ def _reconstruction(
         for part, aim in zip(x[kept].split(batch), target[kept].split(batch), strict=True):
             stats.add(part, coder, aim)
         found = stats.metrics()
-        watch(stats.n, {name: found[name] for name in ("l0", "explained_variance")})
+        held_out.watch(stats.n, {name: found[name] for name in ("l0", "explained_variance")})
         numbers = f"l0 {found['l0']:.1f}, explained variance {found['explained_variance']:.3f}"
-        report(n_seen / (len(rows) * (context_size - 1)), f"{numbers} on {n_seen:,} held-out tokens")
+        report(n_seen / (len(rows) * (held_out.context_size - 1)), f"{numbers} on {n_seen:,} held-out tokens")
     return stats.metrics() | {"n_tokens": stats.n, "outlier_share": 1 - stats.n / n_seen, "max_norm": limit}
 
 
-def _spliced(
-    model: LanguageModel,
-    coder: Coder,
-    stream: Stream,
-    rows: npt.NDArray[np.int64],
-    context_size: int,
-    limit: float,
-    report: Report,
-    watch: Watch,
-) -> dict[str, Any]:
+def _spliced(held_out: _HeldOut, rows: npt.NDArray[np.int64], report: Report) -> dict[str, Any]:
     """Cross-entropy (nats a token) clean, with the reconstruction and with zeros at the hook, and KL divergences."""
     sums = dict.fromkeys(("ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "kl_sae", "kl_zero"), 0.0)
-    n_tokens = 0
+    model, n_tokens = held_out.model, 0
     for start in range(0, len(rows), CONTEXTS_PER_PASS):
-        ids = torch.from_numpy(
-            stream.contexts(rows[start : start + CONTEXTS_PER_PASS], context_size, model.bos_for(coder.config))
-        ).to(model.device)
+        part = rows[start : start + CONTEXTS_PER_PASS]
+        ids = torch.from_numpy(held_out.stream.contexts(part, held_out.context_size, held_out.bos)).to(model.device)
         clean = _log_probs(model, ids, {})
         sums["ce_loss_clean"] += _cross_entropy(clean, ids)
         for name in ("sae", "zero"):
             # One run at a time: the log-probabilities of a batch over the vocabulary take 100 MB.
-            log_probs = _log_probs(model, ids, _spliced_in(coder, limit, zero=name == "zero"))
+            log_probs = _log_probs(model, ids, _spliced_in(held_out.coder, held_out.limit, zero=name == "zero"))
             sums[f"ce_loss_{name}"] += _cross_entropy(log_probs, ids)
             sums[f"kl_{name}"] += float(kl_div(log_probs, clean, reduction="sum", log_target=True))
         n_tokens += ids.shape[0] * (ids.shape[1] - 1)
         score = _score(sums["ce_loss_zero"], sums["ce_loss_sae"], sums["ce_loss_clean"])
-        watch(n_tokens, {"ce_loss_score": score})
+        held_out.watch(n_tokens, {"ce_loss_score": score})
         report(start / len(rows), f"ce_loss_score {score:.3f} on {n_tokens:,} held-out tokens")
     means = {name: value / n_tokens for name, value in sums.items()}
     return means | {
