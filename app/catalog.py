@@ -28,14 +28,25 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy import cast as cast_sql
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app import maps, wording
-from app.corpora import VOCABULARY, tokens_dir
+from app.corpora import IMPORTED, VOCABULARY, tokens_dir
 from app.errors import BadInput, NotFound
 from app.protocol import ModelCard, ModelRef, SaeRef
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, HarvestState, Model, Source
+from app.tables import (
+    Corpus,
+    Evidence,
+    Explanation,
+    Feature,
+    FeatureWords,
+    Harvest,
+    HarvestState,
+    Model,
+    Source,
+    WordKind,
+)
 from app.tokens import Vocabulary, vocabulary
 
 RESERVED = frozenset(
@@ -83,8 +94,6 @@ RESERVED = frozenset(
 )
 """First segments of addresses that mean something else: no model may be called so."""
 
-IMPORTED = "imported"
-"""The tokenizer of evidence that came without its model: tokens are strings with a vocabulary of their own."""
 NO_WEIGHTS = "none-"
 """How the weights' hash of a source begins that has none."""
 
@@ -708,7 +717,7 @@ def like(column: ColumnElement[str] | Any, text: str) -> ColumnElement[bool]:
     return _holds(func.lower(column), text.lower().replace("\0", ""))
 
 
-def _holds(column: ColumnElement[str], text: str) -> ColumnElement[bool]:
+def _holds(column: ColumnElement[str] | InstrumentedAttribute[str], text: str) -> ColumnElement[bool]:
     escaped = re.sub(r"([\\%_])", r"\\\1", text)
     return column.like(f"%{escaped}%", escape="\\")
 
@@ -755,23 +764,11 @@ def _conditions(session: Session, source: SourceCard, wanted: Filter) -> list[Co
     where: list[ColumnElement[bool]] = [Feature.source_id == source.id]
     if wanted.label:
         where.append(like(Feature.label, wanted.label))
-    for column, shown, text in (
-        (Feature.tokens, Feature.top_token, wanted.token),
-        (Feature.logits, Feature.top_logit, wanted.logit),
-    ):
-        if text:
-            # A source whose words were not gathered yet is searched by what its rows show.
-            whole = func.coalesce(column, wording.SEPARATOR + func.lower(shown) + wording.SEPARATOR)
-            where.append(_holds(whole, wording.wanted(text)))
-    bounds = (
-        (Feature.density, wanted.min_density, wanted.max_density),
-        (Feature.max_act, wanted.min_act, wanted.max_act),
-    )
-    for column, least, most in bounds:
-        if least is not None:
-            where.append(column >= least)
-        if most is not None:
-            where.append(column <= most)
+    if wanted.token:
+        where.append(_worded(session, source, WordKind.TOKENS, wanted.token))
+    if wanted.logit:
+        where.append(_worded(session, source, WordKind.LOGITS, wanted.logit))
+    where += _bounds(wanted)
     if wanted.labelled:
         where.append(Feature.label != "" if wanted.labelled == "yes" else Feature.label == "")
     if wanted.features:
@@ -785,6 +782,29 @@ def _conditions(session: Session, source: SourceCard, wanted: Filter) -> list[Co
         "dead": Feature.max_act <= 0,
     }
     return [*where, kinds[wanted.kind]] if wanted.kind in kinds else where
+
+
+def _bounds(wanted: Filter) -> Iterator[ColumnElement[bool]]:
+    for attribute, least, most in (
+        (Feature.density, wanted.min_density, wanted.max_density),
+        (Feature.max_act, wanted.min_act, wanted.max_act),
+    ):
+        # A text is looked for in all rows anyway: reading them in the order of an index would only take longer.
+        column = attribute + 0.0 if wanted.label or wanted.token or wanted.logit else attribute.expression
+        if least is not None:
+            yield column >= least
+        if most is not None:
+            yield column <= most
+
+
+def _worded(session: Session, source: SourceCard, kind: WordKind, text: str) -> ColumnElement[bool]:
+    text = wording.wanted(text)
+    if session.execute(select(wording.gathered(source.id))).scalar():
+        words = select(FeatureWords.index).where(FeatureWords.source_id == source.id, FeatureWords.kind == kind)
+        return Feature.index.in_(words.where(_holds(FeatureWords.text, text)))
+    # A source whose words were not gathered yet is searched by what its rows show.
+    shown = Feature.top_token if kind == WordKind.TOKENS else Feature.top_logit
+    return _holds(wording.SEPARATOR + func.lower(shown) + wording.SEPARATOR, text)
 
 
 def _among(wanted: list[tuple[int, int]]) -> ColumnElement[bool]:

@@ -40,6 +40,8 @@ from app.tables import Corpus, Harvest, Source
 
 DOCUMENTS = "documents.jsonl.zst"
 VOCABULARY = "vocabulary.json"
+IMPORTED = "imported"
+"""The tokenizer of evidence that came without its model: tokens are strings with a vocabulary of their own."""
 _CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 
 

@@ -70,7 +70,7 @@ def migrate(engine: Engine, revision: str = "head") -> None:
     with _one_at_a_time(engine) as connection:
         config = _config()
         config.attributes["connection"] = connection
-        if revision == "base":
+        if revision == "base" or revision.startswith("-"):
             command.downgrade(config, revision)
         else:
             command.upgrade(config, revision)

@@ -167,6 +167,7 @@ def _forget_evidence(session: Session, source: Source) -> None:
     harvests = select(Harvest.id).where(Harvest.source_id == source.id)
     session.execute(delete(Evidence).where(Evidence.harvest_id.in_(harvests)))
     matches.forget(session, source.id)
+    wording.forget(session, source.id)
     for table in (Harvest, Feature, FeatureMap):
         session.execute(delete(table).where(table.source_id == source.id))
     session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
@@ -265,6 +266,7 @@ def _rebuilt(index: int, blob: bytes, text: Text) -> FeatureRecord:
 
 def _clear_rows(session: Session, source: Source) -> None:
     session.execute(delete(Feature).where(Feature.source_id == source.id))
+    wording.forget(session, source.id)
     session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
 
 

@@ -149,12 +149,13 @@ class Harvest(Table):
 
 
 class Feature(Table):
-    """What lists of features show and sort by. One row per latent."""
+    """What lists of features show and sort by. One row per latent, on SQLite in the order of the key."""
 
     __tablename__ = "features"
     __table_args__ = (
         Index("ix_features_density", "source_id", "density"),
         Index("ix_features_max_act", "source_id", "max_act"),
+        {"sqlite_with_rowid": False},
     )
 
     source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True)
@@ -168,10 +169,31 @@ class Feature(Table):
     """The token of its highest activation, as shown."""
     top_logit: Mapped[Slug]
     """The output token it promotes most, as shown."""
-    tokens: Mapped[str | None] = mapped_column(Text, deferred=True)
-    """The tokens its top examples are active on, for filters (app.wording); None before they were gathered."""
-    logits: Mapped[str | None] = mapped_column(Text, deferred=True)
-    """The output tokens it promotes most, in the same form."""
+
+
+class WordKind(StrEnum):
+    TOKENS = "tokens"
+    """Those its top examples are active on."""
+    LOGITS = "logits"
+    """The output tokens it promotes most."""
+
+
+class FeatureWords(Table):
+    """What tables of features are filtered by token with (app.wording).
+
+    Apart from the features, whose rows stay so short that filters by label and density read little, and stored in the
+    order of the key, so that looking through the words of one source reads nothing else.
+    """
+
+    __tablename__ = "feature_words"
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(20), primary_key=True)
+    """A WordKind."""
+    index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
+    text: Mapped[LongText]
+    """Tokens in lower case between separators."""
 
 
 class Evidence(Table):

@@ -1,7 +1,7 @@
 """The tokens a feature fires on and promotes, as text that tables filter by. Reads evidence, knows no HTTP.
 
-Feature.tokens holds the tokens that its top examples are active on, the strongest first, Feature.logits its promoted
-output tokens: in lower case, each between separators, so that SQL finds a part of a token as well as a whole one.
+FeatureWords holds the tokens that a feature's top examples are active on, the strongest first, and its promoted output
+tokens: in lower case, each between separators, so that SQL finds a part of a token as well as a whole one.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from sqlalchemy import bindparam, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Exists, delete, exists, insert, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app import evidence as blobs
-from app.corpora import Stream, tokens_dir
+from app.corpora import IMPORTED, VOCABULARY, Stream, tokens_dir
 from app.evidence import FeatureEvidence
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Feature, Harvest, Source
+from app.tables import Corpus, Evidence, FeatureWords, Harvest, Source, WordKind
 from app.tokens import Vocabulary, vocabulary
 
 SEPARATOR = "\x1f"
@@ -27,32 +27,38 @@ _CHUNK = 1_000
 
 def fill_missing(session: Session, settings: Settings, report: Callable[[str], None] = lambda name: None) -> int:
     """Gather the words of every source that has evidence but not these; return how many features got theirs."""
-    waiting = select(Feature.source_id).where(Feature.tokens.is_(None)).distinct()
-    sources = session.scalars(select(Source).where(Source.harvest_id.is_not(None), Source.id.in_(waiting))).all()
+    waiting = select(Source).where(Source.harvest_id.is_not(None), ~gathered(Source.id))
     n = 0
-    for source in sources:
+    for source in session.scalars(waiting).all():
         report(f"{source.model_id}/{source.name}")
         n += fill(session, settings, source)
     return n
 
 
+def gathered(source_id: ColumnElement[int] | InstrumentedAttribute[int] | int) -> Exists:
+    """Return a condition: the words of this source's features are there."""
+    return exists().where(FeatureWords.source_id == source_id)
+
+
 def fill(session: Session, settings: Settings, source: Source) -> int:
-    """Write the words of a source's features from the evidence it shows; the caller commits."""
+    """Write the words of a source's features from the evidence it shows; the caller commits.
+
+    Without the vocabulary nothing is written: tables are filtered by what their rows show then.
+    """
+    forget(session, source.id)
     row = session.execute(
         select(Harvest, Corpus.hash).join(Corpus, Corpus.id == Harvest.corpus_id).where(Harvest.id == source.harvest_id)
     ).first()
     if row is None:
         return 0
     harvest: Harvest = row[0]
-    words = vocabulary(settings.model_dir(source.model_id) / "vocabulary.json")
     directory = tokens_dir(settings, row[1], harvest.tokenizer_hash)
+    own = directory / VOCABULARY if harvest.tokenizer_hash == IMPORTED else None
+    path = own or settings.model_dir(source.model_id) / "vocabulary.json"
+    if not path.is_file():
+        return 0
+    words = vocabulary(path)
     stream = Stream.open(directory) if (directory / "stream.bin").is_file() else None
-    statement = (
-        update(Feature)
-        .where(Feature.source_id == source.id, Feature.index == bindparam("latent_"))
-        .values(tokens=bindparam("tokens_"), logits=bindparam("logits_"))
-        .execution_options(synchronize_session=None)
-    )
     n = 0
     for part in _chunks(session, harvest.id):
         rows: list[dict[str, object]] = []
@@ -60,11 +66,16 @@ def fill(session: Session, settings: Settings, source: Source) -> int:
             found = blobs.unpack(blob)
             tokens = _tokens(found, stream, words, harvest) if stream else []
             logits = [words.string(int(token)) for token in found.top_logit_ids]
-            rows.append({"latent_": index, "tokens_": joined(tokens), "logits_": joined(logits)})
-        # On the connection: the ORM's own bulk update wants primary keys and nothing else.
-        session.connection().execute(statement, rows)
-        n += len(rows)
+            for kind, strings in ((WordKind.TOKENS, tokens), (WordKind.LOGITS, logits)):
+                rows.append({"source_id": source.id, "kind": kind, "index": index, "text": joined(strings)})
+        session.execute(insert(FeatureWords), rows)
+        n += len(part)
     return n
+
+
+def forget(session: Session, source_id: int) -> None:
+    """Delete the words of a source's features."""
+    session.execute(delete(FeatureWords).where(FeatureWords.source_id == source_id))
 
 
 def joined(tokens: list[str]) -> str:

@@ -23,9 +23,9 @@ import numpy.typing as npt
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from app import harvests
-from app.catalog import IMPORTED, NO_WEIGHTS
-from app.corpora import VOCABULARY
+from app import embeddings, harvests, wording
+from app.catalog import NO_WEIGHTS
+from app.corpora import IMPORTED, VOCABULARY
 from app.documents import Report
 from app.errors import BadFile, Conflict, TooLarge
 from app.exchange.rows import MAX_EXAMPLES, ActivationRow, ExplanationRow, FeatureRow, Sparse, evidence_of, sparse
@@ -265,6 +265,8 @@ def catalogue(session: Session, settings: Settings, place: Place, rows: Intake, 
     _explain(session, source, rows, d_sae)
     session.flush()
     session.refresh(source)
+    wording.fill(session, settings, source)
+    embeddings.queue(session, settings)
     return source
 
 

@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 
 from app import catalog, embeddings, evidence, meaning, present, search
 from app.catalog import ModelEntry
-from app.corpora import VOCABULARY, Stream, tokens_dir
+from app.corpora import IMPORTED, VOCABULARY, Stream, tokens_dir
 from app.labelindex import Index, LabelIndex
 from app.present import Window
 from app.search import Hit, Results, Scope
@@ -170,7 +170,7 @@ def top_window(settings: Settings, found: search.Example, model_id: str, special
         return None
     example = unpacked.top[0]
     ids = Stream.open(directory).context(example.context, found.context_size, found.bos)
-    if found.tokenizer_hash == catalog.IMPORTED:
+    if found.tokenizer_hash == IMPORTED:
         words, special = vocabulary(directory / VOCABULARY), frozenset()
     else:
         words = catalog.vocabulary_of(settings, model_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
@@ -345,8 +345,8 @@ def _value(name: str, value: Any) -> str:
 
 
 def _parameters(wanted: Filter) -> dict[str, Any]:
-    usual = asdict(Filter())
-    return {key: _text(value) for key, value in asdict(wanted).items() if value != usual[key]}
+    usual = vars(Filter())
+    return {key: _text(value) for key, value in vars(wanted).items() if value != usual[key]}
 
 
 def _text(value: Any) -> Any:

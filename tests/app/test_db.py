@@ -18,6 +18,13 @@ from app.db import SchemaError
 from app.settings import Settings
 from app.tables import Job, Table
 
+_MODEL = "INSERT INTO models (id, name, hash, card, created_at) VALUES ('m', 'm', '', '{}', '2026-01-01')"
+_SOURCE = (
+    "INSERT INTO sources (id, model_id, name, layer, set_name, is_default, sae_hash, architecture, hook_name, d_in, "
+    "d_sae, config, metrics, origin, created_at) VALUES (1, 'm', '1-s', 1, 's', false, '', 'topk', 'h', 1, 2, '{}', "
+    "'{}', '{}', '2026-01-01')"
+)
+
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
@@ -62,6 +69,26 @@ def test_migrating_twice_keeps_what_is_there(engine: Engine) -> None:
         job = session.query(Job).one()
         assert job.spec == {"a": 1}
         assert job.created_at.tzinfo is not None
+
+
+def test_words_of_features_move_to_their_own_table_and_back(engine: Engine) -> None:
+    before, now = "SELECT latent, tokens, logits FROM features", "SELECT kind, latent, text FROM feature_words"
+    db.migrate(engine, "0006")
+    with engine.begin() as connection:
+        connection.execute(text(_MODEL))
+        connection.execute(text(_SOURCE))
+        for latent, words in ((0, "'\x1fa\x1f', '\x1fb\x1f'"), (1, "NULL, NULL")):
+            connection.execute(text(f"INSERT INTO features VALUES (1, {latent}, 0.5, 2, 'l', 't', 'u', {words})"))
+    db.migrate(engine)
+    with engine.connect() as connection:
+        assert set(connection.execute(text(now)).all()) == {("tokens", 0, "\x1fa\x1f"), ("logits", 0, "\x1fb\x1f")}
+        assert connection.execute(text("SELECT latent, density, label FROM features ORDER BY latent")).all() == [
+            (0, 0.5, "l"),
+            (1, 0.5, "l"),
+        ]
+    db.migrate(engine, "-1")
+    with engine.connect() as connection:
+        assert set(connection.execute(text(before)).all()) == {(0, "\x1fa\x1f", "\x1fb\x1f"), (1, None, None)}
 
 
 def test_a_fresh_database_is_empty_and_says_what_to_run(engine: Engine) -> None:

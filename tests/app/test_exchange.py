@@ -13,13 +13,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from app import db, evidence, exchange
+from app import db, evidence, exchange, wording
 from app.errors import AtlasError, BadFile, BadInput, Conflict, NotFound, TooLarge
 from app.evidence import FeatureEvidence
 from app.exchange import Format
 from app.main import create_app
 from app.settings import Settings
 from app.tables import Corpus, Evidence, Explanation, Feature, Model, Source
+from app.tokens import vocabulary
 from tests.conftest import D_SAE
 
 HERE = Path(__file__).parent
@@ -202,6 +203,23 @@ def test_the_feature_page_shows_the_examples_and_that_there_are_no_weights(brows
     assert "<script>alert(1)</script>" not in page
     assert "&lt;script&gt;" in page
     assert browsing.get("/api/feature/tiny/1-demo/3").json()["activations"][0]["tokens"][:2] == ["The", " harbour"]
+
+
+def test_its_table_is_filtered_by_the_tokens_that_came_with_it(browsing: TestClient) -> None:
+    found = {row["index"] for row in browsing.get("/tiny/1-demo/features.json?token=harb&logit=evil").json()}
+    assert found == set(range(D_SAE)) - {7}
+
+
+def test_a_server_starts_on_it(other: Session, elsewhere: Settings, exported: Callable[[Format], Path]) -> None:
+    """As `serve` does first: gather what a version before this one did not, with no vocabulary but the import's own."""
+    (source,) = exchange.import_(other, elsewhere, exported(Format.NEURONPEDIA), quiet)
+    wording.forget(other, source.id)
+    assert wording.fill_missing(other, elsewhere) == D_SAE
+    wording.forget(other, source.id)
+    for path in (elsewhere.data_dir / "corpora").rglob("vocabulary.json"):
+        path.unlink()
+    vocabulary.cache_clear()
+    assert wording.fill_missing(other, elsewhere) == 0
 
 
 def test_what_needs_weights_is_answered_with_a_sentence(browsing: TestClient) -> None:

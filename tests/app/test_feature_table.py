@@ -33,10 +33,10 @@ def worded(session: Session, settings: Settings) -> Session:
 
 
 def test_words_are_the_tokens_of_the_top_examples_strongest_first_and_all_promoted_ones(worded: Session) -> None:
-    row = worded.execute(text("SELECT tokens, logits FROM features WHERE latent = 4")).one()
+    found = dict(worded.execute(text("SELECT kind, text FROM feature_words WHERE latent = 4")).all())  # type: ignore[arg-type]
     # Positions 2 and 5 of context 0, 3 of context 1 and 2 to 5 of context 2, as live_evidence has them.
-    assert row.tokens.strip("\x1f").split("\x1f")[0] == " harbour"
-    assert row.logits == "\x1f sea\x1f<script>alert(1)</script>\x1f\u202eevil\x1f"
+    assert found["tokens"].strip("\x1f").split("\x1f")[0] == " harbour"
+    assert found["logits"] == "\x1f sea\x1f<script>alert(1)</script>\x1f\u202eevil\x1f"
 
 
 def test_what_it_promotes_is_found_beyond_the_first_token(worded: Session) -> None:
@@ -65,7 +65,7 @@ def test_words_are_gathered_once(worded: Session, settings: Settings) -> None:
 
 CONDITIONS: list[tuple[dict[str, object], str]] = [
     ({"label": "Label"}, "lower(label) LIKE '%label%'"),
-    ({"logit": "evil"}, "logits LIKE '%evil%'"),
+    ({"logit": "evil"}, "latent IN (SELECT latent FROM feature_words WHERE kind = 'logits' AND text LIKE '%evil%')"),
     ({"min_density": 0.105, "max_density": 0.13}, "density BETWEEN 0.105 AND 0.13"),
     ({"min_act": 5.5, "max_act": 30}, "max_act >= 5.5 AND max_act <= 30"),
     ({"labelled": "no"}, "label = ''"),

@@ -19,7 +19,7 @@ from app import db, meaning, wording
 from app.main import create_app
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.tables import Embedding, Explanation, Feature, Model, Source
+from app.tables import Embedding, Explanation, Feature, FeatureWords, Model, Source, WordKind
 
 N_FEATURES, N_LABELS = 24_576, 250_000
 PAGES = (
@@ -104,6 +104,7 @@ def fill(session: Session, n_labels: int) -> None:
         session.flush()
         labels = [" ".join(choose.choice(words) for _ in range(choose.randint(3, 9))) for _ in range(N_FEATURES)]
         session.execute(insert(Feature), [feature(source.id, i, labels[i], choose, words) for i in range(N_FEATURES)])
+        session.execute(insert(FeatureWords), feature_words(source.id, choose, words))
         rows = [
             {"source_id": source.id, "index": i, "text": labels[i], "method": "made", "author": "benchmark"}
             for i in range(min(left, N_FEATURES))
@@ -124,18 +125,25 @@ def fill(session: Session, n_labels: int) -> None:
 
 
 def feature(source_id: int, index: int, label: str, choose: random.Random, words: list[str]) -> dict[str, Any]:
-    tokens = choose.sample(words, 12)
     return {
         "source_id": source_id,
         "index": index,
         "density": 10 ** choose.uniform(-6, -0.5),
         "max_act": choose.uniform(0.5, 60),
         "label": label if index % 5 else "",
-        "top_token": tokens[0],
-        "top_logit": tokens[1],
-        "tokens": wording.joined(tokens),
-        "logits": wording.joined(choose.sample(words, 10)),
+        "top_token": choose.choice(words),
+        "top_logit": choose.choice(words),
     }
+
+
+def feature_words(source_id: int, choose: random.Random, words: list[str]) -> list[dict[str, Any]]:
+    """As many tokens as features of the demo have, and ten logits."""
+    n = {WordKind.TOKENS: 30, WordKind.LOGITS: 10}
+    return [
+        {"source_id": source_id, "kind": kind, "index": i, "text": wording.joined(choose.sample(words, n[kind]))}
+        for kind in WordKind
+        for i in range(N_FEATURES)
+    ]
 
 
 def median(ask: Callable[[str], Any], what: tuple[str, ...], *, fresh: bool = False, n: int = 15) -> float:
