@@ -608,14 +608,21 @@ def encode(
 
 
 @_groups["jobs"].command("list")
-def list_jobs(limit: Annotated[int, typer.Option(min=1, max=1000)] = 20) -> None:
-    """List the latest jobs."""
-    table = _list("job", "state", "done", "title", "status")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    kind: Annotated[str, typer.Option(help="Only jobs of this kind, such as train.")] = "",
+    owner: Annotated[str, typer.Option(help="Only jobs of this owner.")] = "",
+) -> None:
+    """List the latest jobs. Place is a waiting job's place in the queue."""
+    table = _list("job", "state", "done", "place", "owner", "priority", "title", "status")
     settings = Settings()
     with _session(settings) as session:
-        for job in jobs.recent(session, limit):
+        places = {job_id: str(place) for place, job_id in enumerate(jobs.in_order(session, settings), 1)}
+        for job in jobs.recent(session, limit, kind=kind, state=state or "", owner=owner):
             status = escape(job.error or job.status)
-            table.add_row(str(job.id), job.state, f"{job.done:.0%}", escape(job.title), status)
+            where = [f"{job.done:.0%}", places.get(job.id, ""), escape(job.owner), str(job.priority)]
+            table.add_row(str(job.id), job.state, *where, escape(job.title), status)
         alive = jobs.trainers(session, settings)
     _out.print(table)
     if not alive:
@@ -666,6 +673,50 @@ def resume_job(
     with _session(Settings()) as session:
         title = jobs.resume(session, job_id).title
     _queued(job_id, title, watch)
+
+
+@_groups["jobs"].command("priority")
+def order_job(
+    job_id: int,
+    priority: Annotated[
+        int | None, typer.Argument(help="From -100 to 100; higher ones of an owner start first.")
+    ] = None,
+    next: Annotated[bool, typer.Option("--next", help="Run it before everything else that waits.")] = False,
+) -> None:
+    """Change where a waiting job stands in the queue."""
+    if priority is None and not next:
+        raise BadInput("Give a priority or --next.")
+    settings = Settings()
+    with _session(settings) as session:
+        if priority is not None:
+            jobs.set_priority(session, job_id, priority)
+        if next:
+            jobs.run_next(session, job_id)
+        place = list(jobs.in_order(session, settings)).index(job_id) + 1
+    _out.print(f"Job {job_id}: place {place} in the queue.")
+
+
+@_groups["jobs"].command("logs")
+def show_log(
+    job_id: int,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=jobs.LINES_KEPT, help="How many at most.")] = 200,
+) -> None:
+    """Show what the trainer logged about a job."""
+    settings, last, waited = Settings(), 0, 0
+    while True:
+        with _session(settings) as session:
+            ended = JobState(jobs.get(session, job_id).state).ended
+            found = jobs.lines(session, job_id, last, lines)
+        for line in found:
+            level = "" if line.level == "info" else f"{line.level.upper()} "
+            _out.print(f"{line.at:%Y-%m-%d %H:%M:%S}  {level}{escape(line.text)}", soft_wrap=True)
+            last = line.id
+        # The last lines are written a moment after the job's end.
+        waited = waited + 1 if ended and not found else 0
+        if not follow or waited == 3:
+            return
+        time.sleep(0.5)
 
 
 def _queued(job_id: int, title: str, watch: bool) -> None:

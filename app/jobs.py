@@ -1,38 +1,63 @@
 """Verbs on durable jobs. The row is the request: trainers look for queued rows and hand them to dbos themselves.
 
 So nothing is lost between the catalog and the queue, and the web never opens the job database. The caller commits.
+
+Who is next: the job that was marked to run next; else the owners take turns, the one with the fewest running jobs and
+the longest wait first, each with the highest priority and then the oldest of their jobs. A thousand jobs of one owner
+so delay another's first by one job at most.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from app.errors import Busy, Conflict, NotFound
+from app.errors import BadInput, Busy, Conflict, NotFound
 from app.settings import Settings
-from app.tables import Beat, Job, JobMetric, JobState, now
+from app.tables import Beat, Job, JobLine, JobMetric, JobState, now
+
+MAX_PRIORITY = 100
+LINES_KEPT = 2_000
+"""Lines of a job's log that stay; older ones go."""
+LINE_CHARS = 4_000
 
 
 def submit(session: Session, settings: Settings, kind: str, title: str, spec: dict[str, Any]) -> Job:
     """Add a queued job; a trainer takes it up within a second or two of the commit. Raises Busy when too many wait."""
-    waiting = session.scalar(select(func.count()).where(Job.state == JobState.QUEUED)) or 0
+    waits = select(func.count()).where(Job.state == JobState.QUEUED)
+    waiting = session.scalar(waits) or 0
     if waiting >= settings.max_waiting_jobs:
         raise Busy(
             f"{waiting} jobs wait already, {settings.max_waiting_jobs} may. Cancel some or wait for them.",
             retry_after=60,
         )
-    job = Job(kind=kind, title=title[:200], spec=spec, result={}, workflow_id="")
+    owner = settings.owner_name
+    own = session.scalar(waits.where(Job.owner == owner)) or 0
+    if own >= settings.max_waiting_jobs_per_owner:
+        raise Busy(
+            f"{own} jobs of {owner} wait already, {settings.max_waiting_jobs_per_owner} of one owner may. "
+            "Cancel some or wait for them.",
+            retry_after=60,
+        )
+    job = Job(kind=kind, title=title[:200], spec=spec, result={}, workflow_id="", owner=owner)
     session.add(job)
     session.flush()
     return job
 
 
-def recent(session: Session, limit: int = 50, offset: int = 0) -> list[Job]:
-    """Return jobs, newest first."""
-    return list(session.scalars(select(Job).order_by(Job.id.desc()).limit(limit).offset(offset)))
+def recent(
+    session: Session, limit: int = 50, offset: int = 0, *, kind: str = "", state: str = "", owner: str = ""
+) -> list[Job]:
+    """Return jobs, newest first; of one kind, state or owner where that is given."""
+    wanted = select(Job).order_by(Job.id.desc()).limit(limit).offset(offset)
+    for column, value in ((Job.kind, kind), (Job.state, state), (Job.owner, owner)):
+        wanted = wanted.where(column == value) if value else wanted
+    return list(session.scalars(wanted))
 
 
 def moving(session: Session, kind: str, spec: dict[str, Any]) -> Job | None:
@@ -59,7 +84,9 @@ def metrics(session: Session, job_id: int) -> list[JobMetric]:
 def cancel(session: Session, job_id: int) -> Job:
     """Cancel a job: at once when queued, at its next report when it runs. An ended job stays as it is."""
     waiting = update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED)
-    session.execute(waiting.values(state=JobState.CANCELLED, status="Cancelled before it started", ended_at=now()))
+    session.execute(
+        waiting.values(state=JobState.CANCELLED, status="Cancelled before it started", ended_at=now(), run_next=False)
+    )
     running = update(Job).where(Job.id == job_id, Job.state == JobState.RUNNING)
     session.execute(running.values(cancel_requested=True))
     session.expire_all()
@@ -69,7 +96,9 @@ def cancel(session: Session, job_id: int) -> Job:
 def pause(session: Session, job_id: int) -> Job:
     """Stop a job so that it can be resumed: at once when queued, at its next report when it runs."""
     waiting = update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED)
-    session.execute(waiting.values(state=JobState.PAUSED, status="Paused before it started", ended_at=now()))
+    session.execute(
+        waiting.values(state=JobState.PAUSED, status="Paused before it started", ended_at=now(), run_next=False)
+    )
     running = update(Job).where(Job.id == job_id, Job.state == JobState.RUNNING)
     session.execute(running.values(pause_requested=True))
     session.expire_all()
@@ -88,6 +117,112 @@ def resume(session: Session, job_id: int) -> Job:
     job.status = "Queued again"
     job.ended_at = None
     return job
+
+
+# The order of the queue ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Turn:
+    """How far an owner is in the queue."""
+
+    running: int
+    active: float
+    """When they last had a trainer, in seconds; later ones wait longer."""
+    jobs: list[int]
+    """Waiting jobs, the next one last."""
+
+
+def in_order(session: Session, settings: Settings) -> Iterator[int]:
+    """Yield the ids of waiting jobs as they will start, were nothing added; those over an owner's limit come last."""
+    rows = session.execute(
+        select(Job.id, Job.owner, Job.run_next)
+        .where(Job.state == JobState.QUEUED, Job.workflow_id == "")
+        .order_by(Job.priority, Job.id.desc())
+    ).all()
+    if not rows:
+        return
+    turns = _turns(session, {row.owner for row in rows})
+    first = next((row.id for row in rows if row.run_next and _may_run(settings, turns[row.owner])), None)
+    for row in rows:
+        if row.id != first:
+            turns[row.owner].jobs.append(row.id)
+    if first is not None:
+        yield first
+    start = max(turn.active for turn in turns.values())
+    for place in range(sum(len(turn.jobs) for turn in turns.values())):
+        waiting = [turn for turn in turns.values() if turn.jobs]
+        turn = min(waiting, key=lambda t: (not _may_run(settings, t), t.running, t.active))
+        yield turn.jobs.pop()
+        turn.running, turn.active = turn.running + 1, start + place + 1
+
+
+def next_job(session: Session, settings: Settings) -> int | None:
+    """Return the waiting job that a free trainer should take, None where none waits or may start."""
+    job_id = next(in_order(session, settings), None)
+    if job_id is None:
+        return None
+    owner = get(session, job_id).owner
+    return job_id if _may_run(settings, _turns(session, {owner})[owner]) else None
+
+
+def _turns(session: Session, owners: set[str]) -> dict[str, _Turn]:
+    """How many jobs each owner has on trainers, and when one of theirs last was on one."""
+    on = (Job.state == JobState.RUNNING) | ((Job.state == JobState.QUEUED) & (Job.workflow_id != ""))
+    counted = select(
+        Job.owner, func.sum(case((on, 1), else_=0)), func.max(Job.started_at), func.max(Job.ended_at)
+    ).where(Job.owner.in_(owners))
+    return {
+        owner: _Turn(int(running), max((t.timestamp() for t in (started, ended) if t), default=0.0), [])
+        for owner, running, started, ended in session.execute(counted.group_by(Job.owner))
+    }
+
+
+def _may_run(settings: Settings, turn: _Turn) -> bool:
+    return settings.max_running_jobs_per_owner == 0 or turn.running < settings.max_running_jobs_per_owner
+
+
+def set_priority(session: Session, job_id: int, priority: int) -> Job:
+    """Change a waiting job's priority. Raises Conflict once it has started, BadInput beyond the bounds."""
+    if abs(priority) > MAX_PRIORITY:
+        raise BadInput(f"A priority of {priority} is out of bounds; it goes from -{MAX_PRIORITY} to {MAX_PRIORITY}.")
+    _waiting(session, job_id).priority = priority
+    return get(session, job_id)
+
+
+def run_next(session: Session, job_id: int) -> Job:
+    """Put a waiting job before all others. The mark moves: what had it before takes its turn again."""
+    job = _waiting(session, job_id)
+    session.execute(update(Job).where(Job.run_next, Job.id != job_id).values(run_next=False))
+    job.run_next = True
+    return job
+
+
+def _waiting(session: Session, job_id: int) -> Job:
+    job = get(session, job_id)
+    if job.state != JobState.QUEUED:
+        raise Conflict(f"Job {job_id} is {job.state}; only the place of a job that waits can be changed.")
+    return job
+
+
+# Logs ------------------------------------------------------------------------------------------------------------
+
+
+def write_lines(session: Session, lines: Sequence[JobLine]) -> None:
+    """Add lines to the logs of their jobs, and drop what is older than the newest LINES_KEPT of each."""
+    session.add_all(lines)
+    session.flush()
+    for job_id in {line.job_id for line in lines}:
+        newest = select(JobLine.id).where(JobLine.job_id == job_id).order_by(JobLine.id.desc())
+        oldest = session.scalar(newest.offset(LINES_KEPT).limit(1))
+        if oldest is not None:
+            session.execute(delete(JobLine).where(JobLine.job_id == job_id, JobLine.id <= oldest))
+
+
+def lines(session: Session, job_id: int, after: int = 0, limit: int = LINES_KEPT) -> list[JobLine]:
+    """Return the newest lines of a job's log that come after the one of that id, oldest first."""
+    wanted = select(JobLine).where(JobLine.job_id == job_id, JobLine.id > after)
+    return list(session.scalars(wanted.order_by(JobLine.id.desc()).limit(limit)))[::-1]
 
 
 def trainers(session: Session, settings: Settings) -> list[Beat]:

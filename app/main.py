@@ -16,6 +16,7 @@ from app.api import (
     explanations,
     features,
     health,
+    queue,
     steer,
     steer_lab,
     tokenize,
@@ -86,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, loopback=is_loopback(settings.host), max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.mount("/static", VersionedStatic(version), name="static")
-    for api in (features, explanations, activations, attribution, steer, steer_lab, vector, tokenize, unknown):
+    for api in (features, explanations, activations, attribution, steer, steer_lab, vector, tokenize, queue, unknown):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
     for pages in (

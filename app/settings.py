@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import tempfile
 from functools import cached_property
@@ -84,6 +85,15 @@ class Settings(BaseSettings):
     max_waiting_jobs: int = Field(
         default=1000, ge=1, description="Jobs that may wait in the queue; one more is answered 429."
     )
+    owner: str = Field(
+        default="", max_length=200, description="Whose jobs this process queues; empty means the login name."
+    )
+    max_waiting_jobs_per_owner: int = Field(
+        default=200, ge=1, description="Jobs of one owner that may wait in the queue; one more is answered 429."
+    )
+    max_running_jobs_per_owner: int = Field(
+        default=0, ge=0, description="Jobs of one owner that may run at once; 0 sets no limit."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severity that is logged."
     )
@@ -103,6 +113,16 @@ class Settings(BaseSettings):
         if self.database_url.startswith("postgresql"):
             return self.database_url
         return f"sqlite:///{self.data_dir / 'jobs.sqlite'}"
+
+    @property
+    def owner_name(self) -> str:
+        """Until there are accounts: who started the process."""
+        if self.owner:
+            return self.owner
+        try:
+            return getpass.getuser()[:200]
+        except (OSError, KeyError):  # a container's user without a name
+            return "somebody"
 
     @cached_property
     def socket_path(self) -> Path:

@@ -309,6 +309,12 @@ class Job(Table):
     workflow_id: Mapped[Slug]
     executor: Mapped[str] = mapped_column(String(200), default="")
     """Which trainer works on it."""
+    owner: Mapped[str] = mapped_column(String(200), default="", index=True)
+    """Whose job it is. Owners take turns; until there are accounts, a name that each process is set up with."""
+    priority: Mapped[int] = mapped_column(default=0)
+    """Among the jobs of its owner, higher ones start first."""
+    run_next: Mapped[bool] = mapped_column(default=False)
+    """Starts before everything else that waits; one job at most has the mark."""
     created_at: Mapped[Moment]
     started_at: Mapped[LaterMoment]
     ended_at: Mapped[LaterMoment]
@@ -322,6 +328,19 @@ class JobMetric(Table):
     job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     values: Mapped[Payload]
+
+
+class JobLine(Table):
+    """A line of a job's log."""
+
+    __tablename__ = "job_lines"
+    __table_args__ = (Index("ix_job_lines_job", "job_id", "id"),)
+
+    id: Mapped[Key]
+    job_id: Mapped[int] = mapped_column(ForeignKey("jobs.id"))
+    at: Mapped[Moment]
+    level: Mapped[str] = mapped_column(String(20))
+    text: Mapped[LongText]
 
 
 class JobShare(Table):

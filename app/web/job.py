@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Form, Request
 from sqlalchemy.orm import Session
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from app import jobs
 from app.catalog import parse_index
+from app.errors import BadInput
+from app.jobs import MAX_PRIORITY
+from app.settings import Settings
 from app.tables import Job, JobMetric, JobState, now
 from app.web.guard import CHART_POLICY
 from app.web.pages import Config, Db, partial, render
@@ -27,6 +31,7 @@ _CURVES = {
     "dead": "dead features",
     "dead_fraction": "dead fraction",
 }
+_WHOLE = re.compile(r"[+-]?[0-9]{1,9}")
 _HEADERS = {"content-security-policy": CHART_POLICY}
 
 
@@ -40,6 +45,10 @@ class JobCard:
     status: str
     error: str
     url: str
+    owner: str
+    priority: int
+    place: int
+    """Among the jobs that wait; 0 when it does not."""
     created: str
     took: str
     cancelling: bool
@@ -78,8 +87,17 @@ class JobsPage:
 
 
 @dataclass(frozen=True)
+class LogLine:
+    at: str
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
 class JobPage:
     job: JobCard
+    log: tuple[LogLine, ...]
+    """The newest lines, oldest first."""
     spec: str
     result: tuple[tuple[str, str], ...]
     figures: tuple[dict[str, Any], ...]
@@ -88,37 +106,65 @@ class JobPage:
 
 @router.get("/jobs")
 def jobs_page(request: Request, session: Db, settings: Config) -> Response:
-    page = JobsPage(tuple(_card(job) for job in jobs.recent(session)), len(jobs.trainers(session, settings)))
+    places = _places(session, settings)
+    cards = tuple(_card(job, places) for job in jobs.recent(session))
+    page = JobsPage(cards, len(jobs.trainers(session, settings)))
     return render(request, "_jobs.html" if partial(request) else "jobs.html", page)
 
 
 @router.get("/jobs/{job_id}")
-def job_page(request: Request, job_id: str, session: Db) -> Response:
-    return _show(request, session, parse_index(job_id))
+def job_page(request: Request, job_id: str, session: Db, settings: Config) -> Response:
+    return _show(request, session, settings, parse_index(job_id))
+
+
+@router.get("/jobs/{job_id}/log.txt")
+def log(job_id: str, session: Db) -> Response:
+    """The whole log that is kept, as text."""
+    job = jobs.get(session, parse_index(job_id))
+    text = "\n".join(f"{line.at}  {line.text}" for line in _log(session, job.id, jobs.LINES_KEPT))
+    return PlainTextResponse(f"{text}\n".encode("utf-8", "replace"))
+
+
+@router.post("/jobs/{job_id}/priority")
+def place(
+    request: Request,
+    job_id: str,
+    session: Db,
+    settings: Config,
+    priority: Annotated[str, Form()] = "",
+    next: Annotated[str, Form()] = "",
+) -> Response:
+    number = parse_index(job_id)
+    if next:
+        jobs.run_next(session, number)
+    else:
+        jobs.set_priority(session, number, _whole(priority))
+    session.commit()
+    return _after(request, session, settings, number)
 
 
 @router.post("/jobs/{job_id}/cancel")
-def cancel(request: Request, job_id: str, session: Db) -> Response:
+def cancel(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     number = parse_index(job_id)
     jobs.cancel(session, number)
     session.commit()
-    return _after(request, session, number)
+    return _after(request, session, settings, number)
 
 
 @router.post("/jobs/{job_id}/pause")
-def pause(request: Request, job_id: str, session: Db) -> Response:
+def pause(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     number = parse_index(job_id)
     jobs.pause(session, number)
     session.commit()
-    return _after(request, session, number)
+    return _after(request, session, settings, number)
 
 
 @router.post("/jobs/{job_id}/resume")
-def resume(request: Request, job_id: str, session: Db) -> Response:
+def resume(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     number = parse_index(job_id)
     jobs.resume(session, number)
     session.commit()
-    return _after(request, session, number)
+    return _after(request, session, settings, number)
 
 
 def figures(points: Sequence[JobMetric]) -> tuple[dict[str, Any], ...]:
@@ -138,13 +184,14 @@ def _figure(name: str, points: Sequence[JobMetric]) -> dict[str, Any]:
     }
 
 
-def _show(request: Request, session: Session, job_id: int) -> Response:
+def _show(request: Request, session: Session, settings: Settings, job_id: int) -> Response:
     job = jobs.get(session, job_id)
     points = jobs.metrics(session, job_id)
     result = tuple((k, v if isinstance(v, str) else json.dumps(v)) for k, v in job.result.items() if k != "url")
     last = points[-1].values if points else {}
     page = JobPage(
-        job=_card(job),
+        job=_card(job, _places(session, settings)),
+        log=_log(session, job_id, 200),
         spec=json.dumps(job.spec, indent=2, ensure_ascii=False),
         result=result,
         figures=figures(points),
@@ -156,13 +203,34 @@ def _show(request: Request, session: Session, job_id: int) -> Response:
     return render(request, "_job.html" if partial(request) else "job.html", page, headers=dict(_HEADERS))
 
 
-def _after(request: Request, session: Session, job_id: int) -> Response:
+def _after(request: Request, session: Session, settings: Settings, job_id: int) -> Response:
     if partial(request):
-        return _show(request, session, job_id)
+        return _show(request, session, settings, job_id)
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
 
-def _card(job: Job) -> JobCard:
+def _log(session: Session, job_id: int, limit: int) -> tuple[LogLine, ...]:
+    return tuple(
+        LogLine(
+            f"{line.at:%Y-%m-%d %H:%M:%S}",
+            line.level,
+            line.text if line.level == "info" else f"{line.level.upper()} {line.text}",
+        )
+        for line in jobs.lines(session, job_id, limit=limit)
+    )
+
+
+def _places(session: Session, settings: Settings) -> dict[int, int]:
+    return {job_id: place for place, job_id in enumerate(jobs.in_order(session, settings), 1)}
+
+
+def _whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise BadInput(f"{text[:40]!r} is no priority; write a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}.")
+    return int(text)
+
+
+def _card(job: Job, places: dict[int, int]) -> JobCard:
     url = str(job.result.get("url", ""))
     return JobCard(
         id=job.id,
@@ -173,6 +241,9 @@ def _card(job: Job) -> JobCard:
         status=job.status,
         error=job.error,
         url=url if url.startswith("/") and not url.startswith("//") else "",
+        owner=job.owner,
+        priority=job.priority,
+        place=places.get(job.id, 0),
         created=job.created_at.strftime("%Y-%m-%d %H:%M UTC"),
         took=_span(job.started_at, job.ended_at),
         cancelling=job.cancel_requested and job.state == JobState.RUNNING,

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy.orm import Session
 
 from app import db, jobs
-from app.errors import Busy, Conflict, NotFound
+from app.errors import BadInput, Busy, Conflict, NotFound
 from app.settings import Settings
-from app.tables import Beat, JobMetric, JobState, now
+from app.tables import Beat, JobLine, JobMetric, JobState, now
 
 
 @pytest.fixture
@@ -97,3 +97,70 @@ def test_only_trainers_that_beat_lately_count_as_running(session: Session, setti
         session.add(Beat(executor=executor, host="h", pid=pid, at=at, job_id=None))
     session.flush()
     assert [beat.executor for beat in jobs.trainers(session, settings)] == ["here-0"]
+
+
+def test_one_owner_has_a_limit_of_waiting_jobs_of_their_own(session: Session, settings: Settings) -> None:
+    ada = settings.model_copy(update={"owner": "ada", "max_waiting_jobs_per_owner": 2})
+    for _ in range(2):
+        jobs.submit(session, ada, "train", "t", {})
+    with pytest.raises(Busy, match="2 jobs of ada wait already, 2 of one owner may"):
+        jobs.submit(session, ada, "train", "t", {})
+    assert jobs.submit(session, ada.model_copy(update={"owner": "bo"}), "train", "t", {}).owner == "bo"
+
+
+def test_owners_take_turns_each_with_their_own_priorities(session: Session, settings: Settings) -> None:
+    ids = _submit(session, settings, "ada", "ada", "ada", "bo", "bo")
+    jobs.set_priority(session, ids[2], 7)
+    assert list(jobs.in_order(session, settings)) == [ids[2], ids[3], ids[0], ids[4], ids[1]]
+
+
+def test_who_has_a_job_running_waits_for_those_who_have_none(session: Session, settings: Settings) -> None:
+    running, waiting, other = _submit(session, settings, "ada", "ada", "bo")
+    jobs.get(session, running).state = JobState.RUNNING
+    assert list(jobs.in_order(session, settings)) == [other, waiting]
+
+
+def test_the_mark_to_run_next_moves_and_goes_when_its_job_is_paused(session: Session, settings: Settings) -> None:
+    first, second, third = _submit(session, settings, "ada", "ada", "bo")
+    jobs.run_next(session, second)
+    jobs.run_next(session, third)
+    assert next(jobs.in_order(session, settings)) == third
+    jobs.pause(session, third)
+    assert list(jobs.in_order(session, settings)) == [first, second]
+
+
+def test_who_has_as_many_running_as_may_does_not_get_another(session: Session, settings: Settings) -> None:
+    limited = settings.model_copy(update={"max_running_jobs_per_owner": 1})
+    running, waiting = _submit(session, settings, "ada", "ada")
+    jobs.get(session, running).state = JobState.RUNNING
+    assert jobs.next_job(session, limited) is None
+    jobs.run_next(session, waiting)
+    assert jobs.next_job(session, limited) is None
+    assert jobs.next_job(session, settings) == waiting
+
+
+def test_only_the_place_of_a_waiting_job_changes_and_within_bounds(session: Session, settings: Settings) -> None:
+    [job_id] = _submit(session, settings, "ada")
+    with pytest.raises(BadInput, match="priority of 101 is out of bounds; it goes from -100 to 100"):
+        jobs.set_priority(session, job_id, 101)
+    jobs.get(session, job_id).state = JobState.RUNNING
+    for change in (lambda: jobs.set_priority(session, job_id, 1), lambda: jobs.run_next(session, job_id)):
+        with pytest.raises(Conflict, match="is running; only the place of a job that waits"):
+            change()
+
+
+def test_a_log_keeps_its_newest_lines_and_can_be_followed(session: Session, settings: Settings) -> None:
+    long, short = _submit(session, settings, "ada", "ada")
+    for start in range(0, jobs.LINES_KEPT + 10, 10):
+        lines = [JobLine(job_id=long, level="info", text=str(n)) for n in range(start, start + 10)]
+        jobs.write_lines(session, [*lines, JobLine(job_id=short, level="info", text="x")] if not start else lines)
+    kept = jobs.lines(session, long)
+    assert [line.text for line in kept] == [str(n) for n in range(10, jobs.LINES_KEPT + 10)]
+    assert [line.text for line in jobs.lines(session, long, after=kept[-3].id)] == [k.text for k in kept[-2:]]
+    assert [line.text for line in jobs.lines(session, long, limit=2)] == [k.text for k in kept[-2:]]
+    assert len(jobs.lines(session, short)) == 1
+
+
+def _submit(session: Session, settings: Settings, *owners: str) -> list[int]:
+    roomy = settings.model_copy(update={"max_waiting_jobs": 100})
+    return [jobs.submit(session, roomy.model_copy(update={"owner": owner}), "train", "t", {}).id for owner in owners]

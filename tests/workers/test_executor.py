@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dbos import DBOSClient, DBOSPortableJSONSerializer
 from sqlalchemy import Engine, text
 
 from app import db, jobs
 from app.errors import Busy, Conflict, NotFound
 from app.settings import Settings
-from app.tables import Job, JobState
+from app.tables import Job, JobState, now
+from workers.trainer import executor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -43,6 +45,7 @@ class Bench:
             "SAE_ATLAS_SLOT": str(slot),
             "SAE_ATLAS_BEAT_SECONDS": str(self.settings.beat_seconds),
             "SAE_ATLAS_TAKEOVER_SECONDS": str(self.settings.takeover_seconds),
+            "SAE_ATLAS_MAX_RUNNING_JOBS_PER_OWNER": str(self.settings.max_running_jobs_per_owner),
         }
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.workers.toy_trainer"],
@@ -54,9 +57,17 @@ class Bench:
         self.trainers.append(process)
         return process
 
-    def submit(self, **spec: Any) -> int:
+    def submit(self, owner: str = "", **spec: Any) -> int:
+        settings = self.settings.model_copy(update={"owner": owner})
         with self.sessions.begin() as session:
-            return jobs.submit(session, self.settings, "toy", "toy", spec).id
+            return jobs.submit(session, settings, "toy", "toy", spec).id
+
+    def lines(self, job_id: int) -> list[str]:
+        with self.sessions() as session:
+            return [line.text for line in jobs.lines(session, job_id)]
+
+    def started_order(self, ids: list[int]) -> list[int]:
+        return sorted(ids, key=lambda job_id: self.job(job_id).started_at or now())
 
     def job(self, job_id: int) -> Job:
         with self.sessions() as session:
@@ -201,6 +212,57 @@ def test_a_running_job_is_cancelled_within_its_step_and_resumed_without_repeatin
     assert [line.split()[0] for line in bench.starts(job_id)] == ["part-0", "part-1", "part-1"]
 
 
+def test_waiting_jobs_start_by_mark_then_by_turn_of_their_owners_then_by_priority(bench: Bench) -> None:
+    running = bench.submit(steps=1, seconds=2.0)
+    bench.trainer()
+    bench.until(lambda: bench.starts(running))
+    first, second, urgent = (bench.submit(owner="ada", steps=1) for _ in range(3))
+    other, marked = (bench.submit(owner="bo", steps=1) for _ in range(2))
+    with bench.sessions.begin() as session:
+        jobs.set_priority(session, urgent, 5)
+        jobs.run_next(session, marked)
+        assert list(jobs.in_order(session, bench.settings)) == [marked, urgent, other, first, second]
+    ids = [first, second, urgent, other, marked]
+    assert {bench.ended(job_id).state for job_id in ids} == {JobState.DONE}
+    assert bench.started_order(ids) == [marked, urgent, other, first, second]
+
+
+def test_many_jobs_of_one_owner_delay_anothers_by_one_at_most(bench: Bench) -> None:
+    many = [bench.submit(owner="ada", steps=1, seconds=0.2) for _ in range(40)]
+    bench.trainer()
+    bench.until(lambda: any(bench.starts(job_id) for job_id in many))
+    late = bench.submit(owner="bo", steps=1)
+    assert bench.ended(late).state == JobState.DONE
+    assert sum(bool(bench.starts(job_id)) for job_id in many) <= 4
+
+
+def test_an_owner_has_no_more_jobs_running_than_may(bench: Bench) -> None:
+    bench.settings = bench.settings.model_copy(update={"max_running_jobs_per_owner": 1})
+    ids = [bench.submit(owner="ada", steps=1, seconds=1.0) for _ in range(2)]
+    for slot in range(2):
+        bench.trainer(slot=slot)
+    bench.until(lambda: any(bench.starts(job_id) for job_id in ids))
+    other = bench.submit(owner="bo", steps=1)
+    assert bench.ended(other).state == JobState.DONE
+    for job_id in ids:
+        bench.ended(job_id)
+    first, second = sorted((bench.job(job_id) for job_id in ids), key=lambda job: job.started_at or now())
+    assert first.ended_at
+    assert second.started_at
+    assert second.started_at >= first.ended_at
+
+
+def test_what_the_trainer_logs_about_a_job_stays_with_it(bench: Bench) -> None:
+    good, bad = bench.submit(steps=2), bench.submit(steps=1, fail="part-0", how="unknown")
+    bench.trainer()
+    for job_id in (good, bad):
+        bench.ended(job_id)
+    bench.until(lambda: any("job ended" in line for line in bench.lines(bad)))
+    words = [line.split("  ")[0] for line in bench.lines(good)]
+    assert words == ["job started", "step done", "step done", "step done", "step done", "job ended"]
+    assert any("step failed" in line and "ZeroDivisionError: by zero" in line for line in bench.lines(bad))
+
+
 def test_a_queued_job_is_cancelled_at_once_and_never_starts(bench: Bench) -> None:
     cancelled, other = bench.submit(steps=1), bench.submit(steps=1)
     with bench.sessions.begin() as session:
@@ -263,9 +325,11 @@ class Bomb:
 
 
 def test_a_planted_pickle_ends_as_a_job_error_and_nothing_is_executed(bench: Bench, tmp_path: Path) -> None:
-    blocker, victim = bench.submit(steps=1, seconds=3.0), bench.submit(steps=1)
-    trainer = bench.trainer()
-    bench.until(lambda: bench.job(victim).workflow_id != "" and bench.starts(blocker))
+    bench.trainer()
+    bench.ended(bench.submit(steps=1))
+    bench.close()
+    victim = bench.submit(steps=1)
+    _enqueue(bench, victim)
     bomb = base64.b64encode(pickle.dumps({"args": (Bomb(tmp_path / "boom"),), "kwargs": {}})).decode()
     with sqlite3.connect(bench.settings.data_dir / "jobs.sqlite", timeout=30) as connection:
         for table in ("workflow_status", "workflow_input"):
@@ -277,12 +341,24 @@ def test_a_planted_pickle_ends_as_a_job_error_and_nothing_is_executed(bench: Ben
             "SELECT count(*) FROM workflow_status WHERE serialization = 'py_pickle' AND status = 'ENQUEUED'"
         ).fetchone()
     assert changed == (1,)
+    trainer = bench.trainer()
     job = bench.ended(victim)
     assert job.state == JobState.FAILED
     assert "could not be read" in job.error
     assert not (tmp_path / "boom").exists()
-    assert bench.ended(blocker).state == JobState.DONE
+    assert bench.ended(bench.submit(steps=1)).state == JobState.DONE
     assert trainer.poll() is None
+
+
+def _enqueue(bench: Bench, job_id: int) -> None:
+    """Hand a row over as a trainer does, without one."""
+    client = DBOSClient(
+        system_database_url=executor.queue_url(bench.settings),
+        serializer=DBOSPortableJSONSerializer(),
+        application_name=executor.APPLICATION,
+    )
+    executor._hand_over(bench.sessions, client, job_id)
+    client.destroy()
 
 
 def test_a_planted_step_result_is_not_unpickled_either(bench: Bench, tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, lockfile, log
+from app import db, jobs, lockfile, log
 from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
-from workers.trainer import kinds
+from workers.trainer import joblog, kinds
 from workers.trainer.kinds import Cancelled, JobContext, JobKind, Paused, Superseded
 
 APPLICATION = "sae-atlas"
@@ -72,7 +72,8 @@ def serve(settings: Settings, stop: Event) -> None:
         application_name=APPLICATION,
     )
     _logger.info("trainer ready", executor=executor, queue=make_url(settings.queue_url).render_as_string())
-    _attend(settings, sessions, client, runner, stop)
+    with joblog.recording(sessions):
+        _attend(settings, sessions, client, runner, stop)
     _leave(sessions, executor)
     lock.close()
     engine.dispose()
@@ -130,6 +131,8 @@ class Runner:
         self.executor = executor
         self.busy = False
         """Whether a workflow runs in this process; set and read by different threads."""
+        self.freed = False
+        """Whether one has just ended."""
 
     def help(self, job_id: int) -> str:
         """Take shares of a running job that another trainer leads. What goes wrong here, that one meets too."""
@@ -148,7 +151,7 @@ class Runner:
             _logger.warning("helping failed", job=job_id, trace=traceback.format_exc())
             return "failed"
         finally:
-            self.busy = False
+            self.busy, self.freed = False, True
 
     def run(self, job_id: int) -> str:
         """Run a job, or what is left of it, and return its end state. After a crash, done steps are replayed."""
@@ -158,14 +161,15 @@ class Runner:
             job = self._claim(job_id)
             if job is None:
                 return JobState.CANCELLED
+            _logger.info("job started", kind=job.kind, trainer=self.executor)
             return self._run(job)
         finally:
-            self.busy = False
+            self.busy, self.freed = False, True
             structlog.contextvars.unbind_contextvars("job")
 
     def _run(self, job: Job) -> str:
         directory = self.settings.job_dir(job.id)
-        context = JobContext(self.settings, self.sessions, job.id, job.spec, directory, self.executor)
+        context = JobContext(_on_behalf(self.settings, job), self.sessions, job.id, job.spec, directory, self.executor)
         planned = self._step("plan", lambda: self._kind(job, directory).plan(context))
         if planned["outcome"] != "done":
             return self._end(job.id, planned)
@@ -200,6 +204,7 @@ class Runner:
             return {"outcome": "cancelled"}
         except Superseded as error:
             _logger.error("job was taken over while this trainer was silent; leaving", step=name, by=str(error))
+            joblog.until_written()
             os._exit(SUPERSEDED_EXIT)
         except AtlasError as error:
             _logger.error("step refused", step=name, error=error.message)
@@ -240,6 +245,14 @@ class Runner:
         return str(values["state"])
 
 
+def _on_behalf(settings: Settings, job: Job) -> Settings:
+    """Settings with which a job queues others: they are its owner's, and its end is not refused for want of room."""
+    most = 2**31
+    return settings.model_copy(
+        update={"owner": job.owner, "max_waiting_jobs": most, "max_waiting_jobs_per_owner": most}
+    )
+
+
 def _settle(sessions: sessionmaker[Session], job_id: int, values: dict[str, Any]) -> None:
     with sessions.begin() as session:
         session.execute(update(Job).where(Job.id == job_id).values(ended_at=now(), **values))
@@ -275,30 +288,52 @@ def _attend(
 ) -> None:
     """Beat, and sweep for rows to hand over, until stopped. Jobs run in dbos' threads meanwhile."""
     beaten = time.monotonic()
-    while not stop.wait(min(SWEEP_SECONDS, settings.beat_seconds)):
+    while not _rested(settings, runner, stop):
         try:
             if time.monotonic() - beaten >= settings.beat_seconds:
                 _beat(sessions, runner.executor)
                 beaten = time.monotonic()
-            sweep(settings, sessions, client, runner.executor)
-            if not runner.busy:
-                _offer_help(settings, sessions, client, runner.executor)
+            sweep(settings, sessions, client, runner)
         except Exception:
             # A locked or unreachable database: the next round tries again, and dbos retries its own writes.
             _logger.warning("sweep failed; trying again", exc_info=True)
 
 
-def sweep(settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, executor: str) -> None:
-    """Hand queued rows to dbos, take over from silent trainers, and settle rows whose workflow ended without them."""
+def _rested(settings: Settings, runner: Runner, stop: Event) -> bool:
+    """Wait for the next sweep, less long when a job has just ended. True when this process should stop."""
+    deadline = time.monotonic() + min(SWEEP_SECONDS, settings.beat_seconds)
+    while not stop.wait(0.1):
+        if time.monotonic() >= deadline or runner.freed:
+            runner.freed = False
+            return False
+    return True
+
+
+def sweep(settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, runner: Runner) -> None:
+    """Take over from silent trainers, settle rows whose workflow ended without them, and take work when free."""
     with sessions() as session:
         open_jobs = session.scalars(select(Job).where(Job.state.in_([JobState.QUEUED, JobState.RUNNING]))).all()
     if not open_jobs:
         return
-    for job in open_jobs:
-        if not job.workflow_id:
-            _hand_over(sessions, client, job.id)
-    _take_over(settings, sessions, client, executor)
+    _take_over(settings, sessions, client, runner.executor)
     _reconcile(sessions, client, [job for job in open_jobs if job.workflow_id])
+    if not runner.busy and not _on_deck(client, runner.executor):
+        with sessions() as session:
+            job_id = jobs.next_job(session, settings)
+        if job_id is not None:
+            _hand_over(sessions, client, job_id)
+        else:
+            _offer_help(settings, sessions, client, runner.executor)
+
+
+def _on_deck(client: DBOSClient, executor: str) -> bool:
+    """Tell whether dbos has a workflow that no trainer runs yet, or one of this trainer that is about to run.
+
+    Rows are handed over one at a time, when a trainer is free: what is in dbos' queue starts in the order it came,
+    while the order of rows may still change.
+    """
+    known = client.list_workflows(status=["ENQUEUED", "PENDING"], queue_name=QUEUE, load_input=False, load_output=False)
+    return any(w.status == "ENQUEUED" or w.executor_id == executor for w in known)
 
 
 def _hand_over(sessions: sessionmaker[Session], client: DBOSClient, job_id: int) -> None:
@@ -321,13 +356,13 @@ def _hand_over(sessions: sessionmaker[Session], client: DBOSClient, job_id: int)
             queue_name=QUEUE,
         )
     with sessions.begin() as session:
-        session.execute(update(Job).where(Job.id == job_id).values(workflow_id=workflow_id))
+        session.execute(update(Job).where(Job.id == job_id).values(workflow_id=workflow_id, run_next=False))
 
 
 def _offer_help(settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, executor: str) -> None:
     """Enqueue a workflow that helps with a running job, when this trainer has nothing to do and the job has shares.
 
-    Behind what waits in the queue: a job nobody works on comes before help for one that runs.
+    Asked only when nothing waits: a job nobody works on comes before help for one that runs.
     """
     with sessions() as session:
         running = session.scalars(select(Job).where(Job.state == JobState.RUNNING, Job.executor != executor)).all()
