@@ -35,6 +35,7 @@ from app import (
     log,
     models,
     origins,
+    people,
     supervisor,
     validations,
     weights,
@@ -44,6 +45,7 @@ from app.demo import prepare
 from app.errors import AtlasError, BadInput, NotFound
 from app.gpu import Worker
 from app.model_kwargs import CENTRED, KEY
+from app.people import Role
 from app.placement import placement
 from app.settings import Settings
 from app.specs import BulkSpec, HarvestSpec, MapSpec, MatchSpec, TrainSpec
@@ -66,6 +68,7 @@ _groups = {
         "sae": "Sparse autoencoders.",
         "corpus": "Text to gather evidence and activations from.",
         "jobs": "Training and harvests in the queue.",
+        "user": "People, in team mode.",
     }.items()
 }
 for _name, _group in _groups.items():
@@ -779,6 +782,81 @@ def import_sources(
         found = exchange.import_(session, settings, path, report, model, set_name)
         lines = [f"Imported {s.model_id}/{s.name}: {s.d_sae:,} features." for s in found]
     _out.print("\n".join(lines), soft_wrap=True)
+
+
+# People ----------------------------------------------------------------------------------------------------------
+
+RoleOption = Annotated[Role, typer.Option(help="What the person may do.")]
+
+
+@_groups["user"].command("invite")
+def invite_user(role: RoleOption = Role.VIEWER) -> None:
+    """Print a link by which one person makes an account; the first admin comes in this way."""
+    settings = Settings()
+    with _session(settings) as session:
+        secret = people.invite(session, role)
+    _err.print(f"Makes one account as {role}, once, within {people.INVITATION_DAYS} days:")
+    _out.print(f"{supervisor.url(settings)}/invite/{secret}", soft_wrap=True)
+
+
+@_groups["user"].command("add")
+def add_user(name: str, role: RoleOption = Role.VIEWER) -> None:
+    """Make an account; the password is asked for, or read from a pipe."""
+    with _session(Settings()) as session:
+        person = people.add(session, people.check_name(name), _new_password(), role)
+        _out.print(f"{person.name} may sign in as {role}.")
+
+
+@_groups["user"].command("list")
+def list_users() -> None:
+    """List accounts and invitations not used yet."""
+    with _session(Settings()) as session:
+        table = _list("name", "role", "last seen", "tokens")
+        for row in people.everybody(session):
+            seen = f"{row.seen_at:%Y-%m-%d %H:%M}" if row.seen_at else "never"
+            table.add_row(row.name + (" (disabled)" if row.disabled else ""), row.role, seen, str(row.n_tokens))
+        _out.print(table)
+        for invited in people.open_invitations(session):
+            _out.print(f"invited as {invited.role} until {invited.expires_at:%Y-%m-%d}")
+
+
+@_groups["user"].command("role")
+def set_user_role(name: str, role: Role) -> None:
+    """Change what a person may do."""
+    with _session(Settings()) as session:
+        people.set_role(session, people.named(session, name), role)
+        _out.print(f"{name} is {role} now.")
+
+
+@_groups["user"].command("password")
+def set_user_password(name: str) -> None:
+    """Set a new password and sign the person out everywhere."""
+    with _session(Settings()) as session:
+        people.change_password(session, people.named(session, name), _new_password())
+        _out.print(f"The password of {name} is changed.")
+
+
+@_groups["user"].command("disable")
+def disable_user(name: str) -> None:
+    """End a person's logins and tokens at once; what they made stays."""
+    with _session(Settings()) as session:
+        people.disable(session, people.named(session, name))
+        _out.print(f"{name} is disabled.")
+
+
+@_groups["user"].command("enable")
+def enable_user(name: str) -> None:
+    """Let a disabled person sign in again."""
+    with _session(Settings()) as session:
+        people.enable(session, people.named(session, name))
+        _out.print(f"{name} may sign in again.")
+
+
+def _new_password() -> str:
+    """Ask twice on a terminal; in a pipe the first line is the password."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\n")
+    return typer.prompt("Password", hide_input=True, confirmation_prompt=True)
 
 
 # Shared ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     |- NotFound        404     no such model, source, feature, job
     |- BadInput        422     a value that cannot be used; names it, with both numbers
     |- BadFile         422     an SAE, model, corpus or bundle file that is refused
+    |- Unauthorized    401     nobody is signed in, or the key is unknown, expired or revoked
     |- Forbidden       403     cross-site or not allowed
     |- Conflict        409     exists already with other content
     |- TooLarge        413     over a byte or quota limit
@@ -39,6 +40,10 @@ class BadInput(AtlasError):
 
 class BadFile(AtlasError):
     status = 422
+
+
+class Unauthorized(AtlasError):
+    status = 401
 
 
 class Forbidden(AtlasError):

@@ -27,6 +27,7 @@ from app.gpu import Worker
 from app.labelindex import LabelIndex
 from app.settings import Settings
 from app.web import (
+    account,
     bulk,
     compare,
     docs,
@@ -37,6 +38,7 @@ from app.web import (
     loading,
     map,
     palette,
+    people,
     preview,
     prompt,
     search,
@@ -44,7 +46,8 @@ from app.web import (
     steering,
     upload,
 )
-from app.web.guard import Guard, LargerBodies, is_loopback
+from app.web.access import Rates
+from app.web.guard import Guard, LargerBodies
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
 
@@ -78,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     version = static_version()
     app.state.settings = settings
     app.state.pages = Pages(version)
+    app.state.rates = Rates(settings.requests_per_minute)
     register(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     # Counts bodies that come in chunks; Guard has refused those that say their length.
@@ -85,13 +89,15 @@ def create_app(settings: Settings) -> FastAPI:
     larger = {upload.PATH: settings.max_sae_bytes + upload.SLACK_BYTES}
     app.add_middleware(LargerBodies, larger={upload.PATH: 2 * larger[upload.PATH]})
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
-    app.add_middleware(Guard, loopback=is_loopback(settings.host), max_body_bytes=MAX_BODY_BYTES, larger=larger)
+    app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.mount("/static", VersionedStatic(version), name="static")
     for api in (features, explanations, activations, attribution, steer, steer_lab, vector, tokenize, queue, unknown):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
     for pages in (
         home,
+        account,
+        people,
         bulk,
         compare,
         docs,

@@ -24,7 +24,19 @@ class Settings(BaseSettings):
         description="Everything SAE Atlas stores: database, models, SAEs, corpora, job checkpoints.",
     )
     host: str = Field(
-        default="127.0.0.1", description="Address the web server binds. Only loopback is accepted for now."
+        default="127.0.0.1", description="Address the web server binds; one that is not loopback needs team mode."
+    )
+    team: bool = Field(default=False, description="Team mode: people sign in, and roles say what they may do.")
+    public_url: str = Field(
+        default="",
+        description="Address that a team opens, such as https://atlas.example.org; it answers to no other.",
+    )
+    trusted_proxies: str = Field(
+        default="127.0.0.1",
+        description="Addresses or networks whose X-Forwarded-* headers are believed, with commas.",
+    )
+    requests_per_minute: int = Field(
+        default=1200, ge=1, description="Requests a minute of one person, or of one address without one, in team mode."
     )
     port: int = Field(default=3000, ge=0, le=65535, description="Port of the web server.")
     database_url: str = Field(

@@ -67,7 +67,7 @@ def get(session: Session, model_id: str, source: str, index: str) -> SteeringVec
 
 
 def owned(session: Session, model_id: str | None = None) -> list[SteeringVector]:
-    """Return all vectors, newest first: there are no accounts yet, so everything is everybody's."""
+    """Return all vectors, newest first: they belong to everybody."""
     wanted = select(SteeringVector).order_by(SteeringVector.id.desc()).limit(MAX_VECTORS)
     return list(session.scalars(wanted if model_id is None else wanted.where(SteeringVector.model_id == model_id)))
 

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO
+from urllib.parse import urlsplit
 
 import structlog
 
-from app import db, embeddings, lockfile, log, wording
+from app import db, embeddings, lockfile, log, people, wording
 from app.errors import BadInput, Conflict
 from app.settings import Settings
 
@@ -114,6 +115,8 @@ def serve(settings: Settings, announce: Callable[[Settings, list[Child]], None],
     engine = db.connect(settings)
     db.migrate(engine)
     with db.sessions(engine).begin() as session:
+        if settings.team and not people.can_have_admin(session):
+            raise BadInput("Nobody can sign in yet. Run `sae-atlas user invite --role admin` and open its link.")
         wording.fill_missing(
             session, settings, lambda name: _logger.info("gathering the tokens of features", source=name)
         )
@@ -220,7 +223,7 @@ class Supervisor:
 
 def answers(settings: Settings) -> bool:
     """Tell whether this server's web process answers."""
-    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=1)
+    connection = http.client.HTTPConnection(_reachable(settings.host), settings.port, timeout=1)
     try:
         connection.request("GET", "/healthz")
         return connection.getresponse().status == 200
@@ -252,21 +255,27 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def _reachable(host: str) -> str:
+    """Return where this machine reaches a server that binds an address: one that binds all is on loopback too."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+
+
 def url(settings: Settings) -> str:
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{settings.port}"
 
 
 def check_address(settings: Settings) -> Settings:
     """Return the settings with a port that is free, port 0 replaced. Raises BadInput or Conflict with what to do."""
-    try:
-        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if settings.team:
+        _check_team(settings)
+    elif not _is_loopback(settings.host):
         raise BadInput(
-            f"SAE Atlas has no accounts yet, so it serves this machine only; {settings.host} is not a loopback "
-            "address. Use 127.0.0.1, and ssh -L 3000:127.0.0.1:3000 to reach it from elsewhere."
+            f"{settings.host} is not a loopback address, and without accounts SAE Atlas serves this machine only. For "
+            "a team set SAE_ATLAS_TEAM=1 and SAE_ATLAS_PUBLIC_URL, and run `sae-atlas user invite --role admin`. "
+            "For you alone use 127.0.0.1, and ssh -L 3000:127.0.0.1:3000 to reach it from elsewhere."
         )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -281,6 +290,35 @@ def check_address(settings: Settings) -> Settings:
         port = probe.getsockname()[1]
     # A copy keeps model_fields_set, from which the children's environment is made.
     return settings.model_copy(update={"port": port})
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_team(settings: Settings) -> None:
+    """Raise BadInput unless people can reach the server by one address, which https protects beyond this machine."""
+    public = urlsplit(settings.public_url)
+    if public.scheme not in ("http", "https") or not public.hostname or public.path.strip("/"):
+        raise BadInput(
+            f"Team mode needs SAE_ATLAS_PUBLIC_URL, the address that people open, such as https://atlas.example.org; "
+            f"it is {settings.public_url[:200]!r}."
+        )
+    if public.scheme == "http" and not _is_loopback(public.hostname) and not _is_private(public.hostname):
+        raise BadInput(
+            f"{settings.public_url[:200]} would send passwords in the clear. Put a proxy with TLS in front "
+            "(docker-compose.yml has one) and give its https address."
+        )
+
+
+def _is_private(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return False
 
 
 def served_address(settings: Settings) -> Settings:

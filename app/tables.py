@@ -422,3 +422,78 @@ class SteeringVector(Table):
     about: Mapped[LongText]
     """How it was made."""
     created_at: Mapped[Moment]
+
+
+class Person(Table):
+    """Somebody with an account; only in team mode."""
+
+    __tablename__ = "people"
+
+    id: Mapped[Key]
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    """Lower case; signs in with it and is shown by it."""
+    password_hash: Mapped[LongText]
+    """argon2id with its parameters and salt."""
+    role: Mapped[str] = mapped_column(String(20))
+    """people.Role"""
+    created_at: Mapped[Moment]
+    disabled_at: Mapped[LaterMoment]
+    """Since when the account signs nobody in; what it owns stays."""
+
+
+class Invitation(Table):
+    """A link by which one person makes an account. Its secret is shown once; here lies the sha256."""
+
+    __tablename__ = "invitations"
+
+    id: Mapped[Key]
+    secret_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    role: Mapped[str] = mapped_column(String(20))
+    invited_by: Mapped[str] = mapped_column(String(64), default="")
+    """Name of the admin, or empty when it was made on the command line."""
+    created_at: Mapped[Moment]
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    used_by: Mapped[int | None] = mapped_column(ForeignKey("people.id"))
+
+
+class Login(Table):
+    """A browser that is signed in. The cookie holds the secret, this table its sha256."""
+
+    __tablename__ = "logins"
+
+    id: Mapped[Key]
+    person_id: Mapped[int] = mapped_column(ForeignKey("people.id"), index=True)
+    secret_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    browser: Mapped[Slug]
+    address: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[Moment]
+    seen_at: Mapped[Moment]
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ApiToken(Table):
+    """A key for programs that act for a person, never beyond the person's role."""
+
+    __tablename__ = "api_tokens"
+
+    id: Mapped[Key]
+    person_id: Mapped[int] = mapped_column(ForeignKey("people.id"), index=True)
+    name: Mapped[str] = mapped_column(String(100))
+    secret_hash: Mapped[str] = mapped_column(String(64), unique=True)
+    start: Mapped[str] = mapped_column(String(16))
+    """Its first characters, to tell tokens apart."""
+    role: Mapped[str] = mapped_column(String(20))
+    """The most it may do: people.Role."""
+    created_at: Mapped[Moment]
+    expires_at: Mapped[LaterMoment]
+    used_at: Mapped[LaterMoment]
+
+
+class FailedLogins(Table):
+    """Wrong passwords of late, by name and by address: every web process counts here."""
+
+    __tablename__ = "failed_logins"
+
+    key: Mapped[str] = mapped_column(String(160), primary_key=True)
+    n: Mapped[int]
+    since: Mapped[datetime] = mapped_column(UtcDateTime)

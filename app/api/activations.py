@@ -28,6 +28,7 @@ from app.gpu import Worker
 from app.protocol import EncodeRequest, SaeActs, SaeQuery, TextActs
 from app.settings import Settings
 from app.tokens import Vocabulary
+from app.web.access import VIEWER
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(tags=["activations"])
@@ -90,7 +91,7 @@ class _Model:
         return self.bos is not None and bool(ids) and ids[0] == self.bos
 
 
-@router.post("/activation/new")
+@router.post("/activation/new", dependencies=[VIEWER])
 async def new_activation(body: NewActivation, session: Db, settings: Config, worker: Gpu) -> Response:
     """One feature on one text, or on each of many; tokens and values without the beginning-of-text token."""
     texts = texts_of(settings, body.customText)
@@ -104,7 +105,7 @@ async def new_activation(body: NewActivation, session: Db, settings: Config, wor
     return _json(answers[0] if isinstance(body.customText, str) else answers)
 
 
-@router.post("/activation/source")
+@router.post("/activation/source", dependencies=[VIEWER])
 async def source_activations(body: SourceActivations, session: Db, settings: Config, worker: Gpu) -> Response:
     """Every active feature of a source on each text, sparse; the beginning-of-text token is counted but has none."""
     texts = texts_of(settings, body.customText)
@@ -122,8 +123,8 @@ async def source_activations(body: SourceActivations, session: Db, settings: Con
     return _json({"results": results})
 
 
-@router.post("/search-topk-by-token")
-@router.post("/search-topk-by-token/", include_in_schema=False)
+@router.post("/search-topk-by-token", dependencies=[VIEWER])
+@router.post("/search-topk-by-token/", include_in_schema=False, dependencies=[VIEWER])
 async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of each token. With ignoreBos, special tokens are left out; positions still count them."""
     texts = texts_of(settings, body.text)
@@ -141,8 +142,8 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
     return _json(results[0] if isinstance(body.text, str) else {"results": results})
 
 
-@router.post("/search-all")
-@router.post("/search-all/", include_in_schema=False)
+@router.post("/search-all", dependencies=[VIEWER])
+@router.post("/search-all/", include_in_schema=False, dependencies=[VIEWER])
 async def search_all(body: SearchAll, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of a whole text in some or all sources of a set, with their values on every token."""
     texts = texts_of(settings, body.text)
@@ -155,7 +156,7 @@ async def search_all(body: SearchAll, session: Db, settings: Config, worker: Gpu
     return _json(results[0] if isinstance(body.text, str) else {"results": results})
 
 
-@router.post("/cossim")
+@router.post("/cossim", dependencies=[VIEWER])
 def cossim(body: Cossim, session: Db, settings: Config) -> Response:
     """The features of another source (or the same) whose decoder rows point most nearly the same way."""
     source, latent = find_feature(session, FeatureKey(modelId=body.modelId, source=body.source, index=body.index))

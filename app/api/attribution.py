@@ -29,6 +29,7 @@ from app.protocol import (
 )
 from app.settings import Settings
 from app.tokens import Vocabulary
+from app.web.access import VIEWER
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(tags=["attribution"])
@@ -93,7 +94,7 @@ class _Asked:
         return position + len(self.ids) if -len(self.ids) <= position < 0 else position
 
 
-@router.post("/attribution/predict")
+@router.post("/attribution/predict", dependencies=[VIEWER])
 async def predict(body: Predict, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """The likeliest next tokens after each position, with probabilities, and the loss of the token that does come."""
     check_text(settings, body.text)
@@ -123,7 +124,7 @@ async def predict(body: Predict, session: Db, settings: Config, worker: Gpu) -> 
     }
 
 
-@router.post("/attribution/direct")
+@router.post("/attribution/direct", dependencies=[VIEWER])
 async def direct(body: Attribute, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """A logit taken apart: features + rest + bias + error + elsewhere + constant = logit."""
     asked = await _ask(body, session, settings, worker)
@@ -144,7 +145,7 @@ async def direct(body: Attribute, session: Db, settings: Config, worker: Gpu) ->
     }
 
 
-@router.post("/attribution/gradient")
+@router.post("/attribution/gradient", dependencies=[VIEWER])
 async def gradient(body: Gradient, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """Gradient x activation at every position: to first order, what each activation does to a logit or to the loss."""
     if body.loss and (body.token is not None or body.against is not None):
@@ -168,7 +169,7 @@ async def gradient(body: Gradient, session: Db, settings: Config, worker: Gpu) -
     }
 
 
-@router.post("/attribution/ablate")
+@router.post("/attribution/ablate", dependencies=[VIEWER])
 async def ablate(body: Ablate, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """Take one feature out and run the model again: the true change beside its estimates."""
     asked = await _ask(body, session, settings, worker)
@@ -193,7 +194,7 @@ async def ablate(body: Ablate, session: Db, settings: Config, worker: Gpu) -> di
     }
 
 
-@router.post("/attribution/faithfulness")
+@router.post("/attribution/faithfulness", dependencies=[VIEWER])
 async def faithfulness(body: OneText, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """How much of the text survives the SAE: explained variance, cosine, l0; losses clean, spliced and ablated."""
     asked = await _ask(body, session, settings, worker)

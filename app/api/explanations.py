@@ -13,6 +13,7 @@ from app import search
 from app.api.features import Json
 from app.labelindex import LabelIndex
 from app.search import Hit, Results, Scope
+from app.web.access import VIEWER
 from app.web.pages import Db
 
 router = APIRouter(prefix="/explanation", tags=["explanations"])
@@ -32,20 +33,20 @@ class InSources(InModel):
     """Source ids; none means all of the model."""
 
 
-@router.post("/search")
+@router.post("/search", dependencies=[VIEWER])
 def search_sources(request: Request, wanted: InSources, session: Db) -> Response:
     """Explanations of some sources of a model that fit the query by words or meaning, closest first."""
     return Json(_results(wanted, _found(request, session, wanted, Scope(wanted.modelId, sources=tuple(wanted.layers)))))
 
 
-@router.post("/search-model")
+@router.post("/search-model", dependencies=[VIEWER])
 def search_model(request: Request, wanted: InModel, session: Db) -> Response:
     """Explanations of one model that fit the query by words or meaning, closest first."""
     return Json(_results(wanted, _found(request, session, wanted, Scope(wanted.modelId))))
 
 
-@router.post("/search-release")
-@router.post("/search-all")
+@router.post("/search-release", dependencies=[VIEWER])
+@router.post("/search-all", dependencies=[VIEWER])
 def search_everything(request: Request, wanted: Everywhere, session: Db) -> Response:
     """Explanations anywhere in the catalog that fit the query by words or meaning, closest first."""
     return Json(_results(wanted, _found(request, session, wanted, Scope())))

@@ -18,6 +18,7 @@ from app.errors import BadFile
 from app.evidence import Example, FeatureEvidence
 from app.settings import Settings
 from app.tokens import Vocabulary
+from app.web.access import VIEWER
 from app.web.pages import Config, Db
 
 router = APIRouter(tags=["features"])
@@ -45,13 +46,13 @@ class Json(Response):
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-@router.get("/feature/{model}/{source}/{index}")
+@router.get("/feature/{model}/{source}/{index}", dependencies=[VIEWER])
 def get_feature(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """One feature with its vector, evidence and explanations. 404 when it does not exist."""
     return Json(feature(session, settings, model, source, catalog.parse_index(index)))
 
 
-@router.post("/features")
+@router.post("/features", dependencies=[VIEWER])
 def get_features(
     wanted: Annotated[list[WantedFeature], Field(max_length=MAX_FEATURES)], session: Db, settings: Config
 ) -> Response:
@@ -64,7 +65,7 @@ def get_features(
     )
 
 
-@router.post("/features-offset")
+@router.post("/features-offset", dependencies=[VIEWER])
 def get_features_offset(wanted: Offset, session: Db, settings: Config) -> Response:
     """The features from an offset on, 25 at a time."""
     source = catalog.source_card(session, wanted.modelId, wanted.layer)
@@ -74,7 +75,7 @@ def get_features_offset(wanted: Offset, session: Db, settings: Config) -> Respon
     )
 
 
-@router.post("/activation/get")
+@router.post("/activation/get", dependencies=[VIEWER])
 def get_activations(wanted: WantedFeature, session: Db, settings: Config) -> Response:
     """A feature's stored examples, strongest first."""
     record = catalog.feature_record(session, wanted.modelId, wanted.source, catalog.parse_index(wanted.index))
@@ -82,8 +83,8 @@ def get_activations(wanted: WantedFeature, session: Db, settings: Config) -> Res
     return Json(activations(settings, record, unpacked, wanted.maxActsToReturn))
 
 
-@router.get("/models")
-@router.post("/model/list")
+@router.get("/models", dependencies=[VIEWER])
+@router.post("/model/list", dependencies=[VIEWER])
 def list_models(session: Db) -> Response:
     """The models of the catalog with the ids of their sources."""
     return Json(
@@ -91,7 +92,7 @@ def list_models(session: Db) -> Response:
     )
 
 
-@router.get("/model/{model}")
+@router.get("/model/{model}", dependencies=[VIEWER])
 def get_model(model: str, session: Db) -> Response:
     """One model with its sources."""
     entry = catalog.model_entry(session, model)

@@ -9,18 +9,19 @@ from starlette.responses import JSONResponse
 
 from app import db
 from app.errors import AtlasError
+from app.web.access import ANYONE
 from app.web.pages import Gpu
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz")
+@router.get("/healthz", dependencies=[ANYONE])
 async def healthz() -> dict[str, str]:
     """Say that the process answers."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", dependencies=[ANYONE])
 async def readyz(request: Request, worker: Gpu) -> JSONResponse:
     """Say whether database, schema and gpu worker are ready, part by part; 503 unless all are."""
     parts = {

@@ -13,6 +13,7 @@ from app import jobs
 from app.catalog import parse_index
 from app.errors import BadInput
 from app.tables import Job, JobState
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -103,7 +104,7 @@ class Curves(BaseModel):
     points: list[dict[str, Any]]
 
 
-@router.get("")
+@router.get("", dependencies=[VIEWER])
 def list_jobs(
     session: Db,
     settings: Config,
@@ -120,13 +121,13 @@ def list_jobs(
     return JobList(jobs=[view(job, places) for job in found], trainers=alive)
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", dependencies=[VIEWER])
 def show(job_id: str, session: Db, settings: Config) -> JobView:
     """Return one job."""
     return _now(session, settings, _number(job_id))
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", dependencies=[EDITOR])
 def cancel(job_id: str, session: Db, settings: Config) -> JobView:
     """Cancel a job: at once when it waits, within seconds when it runs. One that has ended stays as it is."""
     jobs.cancel(session, _number(job_id))
@@ -134,7 +135,7 @@ def cancel(job_id: str, session: Db, settings: Config) -> JobView:
     return _now(session, settings, _number(job_id))
 
 
-@router.post("/{job_id}/pause")
+@router.post("/{job_id}/pause", dependencies=[EDITOR])
 def pause(job_id: str, session: Db, settings: Config) -> JobView:
     """Stop a job so that it can be resumed where it stopped."""
     jobs.pause(session, _number(job_id))
@@ -142,7 +143,7 @@ def pause(job_id: str, session: Db, settings: Config) -> JobView:
     return _now(session, settings, _number(job_id))
 
 
-@router.post("/{job_id}/resume")
+@router.post("/{job_id}/resume", dependencies=[EDITOR])
 def resume(job_id: str, session: Db, settings: Config) -> JobView:
     """Queue a failed, cancelled or paused job again; it goes on after the last step that was done."""
     jobs.resume(session, _number(job_id))
@@ -150,7 +151,7 @@ def resume(job_id: str, session: Db, settings: Config) -> JobView:
     return _now(session, settings, _number(job_id))
 
 
-@router.post("/{job_id}/priority")
+@router.post("/{job_id}/priority", dependencies=[EDITOR])
 def place(job_id: str, body: Place, session: Db, settings: Config) -> JobView:
     """Change where a waiting job stands in the queue."""
     number = _number(job_id)
@@ -164,7 +165,7 @@ def place(job_id: str, body: Place, session: Db, settings: Config) -> JobView:
     return _now(session, settings, number)
 
 
-@router.get("/{job_id}/logs")
+@router.get("/{job_id}/logs", dependencies=[VIEWER])
 def logs(
     job_id: str,
     session: Db,
@@ -181,7 +182,7 @@ def logs(
     )
 
 
-@router.get("/{job_id}/metrics")
+@router.get("/{job_id}/metrics", dependencies=[VIEWER])
 def metrics(job_id: str, session: Db) -> Curves:
     """Return a job's curves: one point a step, with the values that the trainer wrote there."""
     job = jobs.get(session, _number(job_id))

@@ -27,6 +27,7 @@ from app.protocol import End, GenerateRequest, Queued, Start, Token
 from app.settings import Settings
 from app.steering import DEFAULT, STEERED, Chat, Completion, Steering
 from app.tokens import Reader, Vocabulary
+from app.web.access import VIEWER, actor_of, address_of
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(tags=["steering"])
@@ -145,8 +146,8 @@ class Texts:
 Answer = Callable[[Texts], dict[str, Any]]
 
 
-@router.post("/steer")
-@router.post("/steer/", include_in_schema=False)
+@router.post("/steer", dependencies=[VIEWER])
+@router.post("/steer/", include_in_schema=False, dependencies=[VIEWER])
 async def steer(request: Request, body: Steer, session: Db, settings: Config, worker: Gpu) -> Response:
     """Continue a prompt with and without steering: `STEERED` and `DEFAULT` are the continuations alone.
 
@@ -158,8 +159,8 @@ async def steer(request: Request, body: Steer, session: Db, settings: Config, wo
     return await _answered(request, run, body.stream, completion)
 
 
-@router.post("/steer-chat")
-@router.post("/steer-chat/", include_in_schema=False)
+@router.post("/steer-chat", dependencies=[VIEWER])
+@router.post("/steer-chat/", include_in_schema=False, dependencies=[VIEWER])
 async def steer_chat(request: Request, body: SteerChat, session: Db, settings: Config, worker: Gpu) -> Response:
     """Go on with a conversation, default and steered each with a history of its own."""
     _check_chat(settings, body)
@@ -189,7 +190,7 @@ async def steer_chat(request: Request, body: SteerChat, session: Db, settings: C
     return await _answered(request, run, body.stream, chat)
 
 
-@router.post("/steer/stream")
+@router.post("/steer/stream", dependencies=[VIEWER])
 async def steer_stream(request: Request, body: Streamed, session: Db, settings: Config, worker: Gpu) -> Response:
     """Stream a run as JSON lines: `queued`, `start`, one `token` a line, and `end` with the run's id and address."""
     meant = body.meant()
@@ -201,8 +202,8 @@ async def steer_stream(request: Request, body: Streamed, session: Db, settings: 
     return StreamingResponse(_ndjson(run), 200, _HEADERS, "application/x-ndjson")
 
 
-@router.post("/steer-load")
-@router.post("/steer-load/", include_in_schema=False)
+@router.post("/steer-load", dependencies=[VIEWER])
+@router.post("/steer-load/", include_in_schema=False, dependencies=[VIEWER])
 def steer_load(body: SteerLoad, session: Db) -> Response:
     """Return a saved run: its result, features, prompt and settings."""
     run = steerings.get(session, body.steerOutputId)
@@ -248,8 +249,11 @@ async def begin(
 
 
 def user_of(request: Request) -> str:
-    """Whose turn it is, as long as there are no accounts."""
-    return request.headers.get("x-api-key") or (request.client.host if request.client else "")
+    """Whose turn it is: a person's, or without accounts an API key's or an address's."""
+    actor = actor_of(request)
+    if actor is not None and actor.id is not None:
+        return f"person {actor.id}"
+    return request.headers.get("x-api-key") or address_of(request)
 
 
 def _check_chat(settings: Settings, body: Chat) -> None:

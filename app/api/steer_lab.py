@@ -20,6 +20,7 @@ from app.protocol import End, GenerateRequest, NextRequest, SaeQuery, Scored, Sc
 from app.steering import STEERED, Chat, Completion
 from app.sweeps import Axis, Point
 from app.tokens import Vocabulary
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(prefix="/steer", tags=["steering"])
@@ -53,7 +54,7 @@ class PresetKey(BaseModel):
     id: str = Field(max_length=40)
 
 
-@router.post("/next")
+@router.post("/next", dependencies=[VIEWER])
 async def next_tokens(body: Next, session: Db, settings: Config, worker: Gpu) -> Response:
     """Say how steering moves the next token, without generating: one forward pass."""
     began = time.perf_counter()
@@ -76,7 +77,7 @@ async def next_tokens(body: Next, session: Db, settings: Config, worker: Gpu) ->
     return _json({"tokens": tokens, "ms": round(1000 * (time.perf_counter() - began), 1)})
 
 
-@router.post("/score")
+@router.post("/score", dependencies=[VIEWER])
 async def score(body: Score, session: Db, settings: Config, worker: Gpu) -> Response:
     """Read a saved run's texts once more: each token's log-probability with and without steering, the likeliest
     alternatives in both, and the features' activations in the model left alone. Kept with the run."""
@@ -128,7 +129,7 @@ async def score(body: Score, session: Db, settings: Config, worker: Gpu) -> Resp
     return _json(answer)
 
 
-@router.post("/sweep")
+@router.post("/sweep", dependencies=[EDITOR])
 async def sweep(request: Request, body: Sweep, session: Db, settings: Config, worker: Gpu) -> Response:
     """Generate at several strengths: a handful at once, more as a job whose address is answered."""
     meant = body.meant()
@@ -146,7 +147,7 @@ async def sweep(request: Request, body: Sweep, session: Db, settings: Config, wo
     return _json(sweeps.table(found))
 
 
-@router.post("/presets")
+@router.post("/presets", dependencies=[EDITOR])
 def save_preset(body: Preset, session: Db) -> Response:
     """Store a preset; the same name again replaces it."""
     catalog.model_entry(session, body.modelId)
@@ -158,7 +159,7 @@ def save_preset(body: Preset, session: Db) -> Response:
     return _json(answer)
 
 
-@router.post("/presets/delete")
+@router.post("/presets/delete", dependencies=[EDITOR])
 def delete_preset(body: PresetKey, session: Db) -> Response:
     session.delete(steerings.preset(session, body.modelId, body.id))
     session.commit()

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from app import catalog
 from app.api.inputs import ModelId, check_text
 from app.protocol import TokenizeRequest
+from app.web.access import VIEWER
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(tags=["tokens"])
@@ -22,7 +23,7 @@ class Tokenize(BaseModel):
     prependBos: bool = True
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", dependencies=[VIEWER])
 async def tokenize(body: Tokenize, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """Return the token ids and their strings, which joined are the text (after the beginning-of-text token)."""
     check_text(settings, body.prompt)

@@ -17,6 +17,7 @@ from app.api.inputs import FeatureKey, ModelId, find_feature, texts_of
 from app.protocol import DifferenceRequest
 from app.steering import MAX_COEFFICIENT
 from app.tables import SteeringVector
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, Gpu
 
 router = APIRouter(prefix="/vector", tags=["steering"])
@@ -49,7 +50,7 @@ class Difference(BaseModel):
     vectorLabel: Label = ""
 
 
-@router.post("/new")
+@router.post("/new", dependencies=[EDITOR])
 def new(body: New, session: Db) -> Response:
     """Store a vector. It is scaled to norm 1 when it steers; its numbers are kept as they are."""
     strength = 10.0 if body.vectorDefaultSteerStrength is None else body.vectorDefaultSteerStrength
@@ -60,7 +61,7 @@ def new(body: New, session: Db) -> Response:
     return _json(answer)
 
 
-@router.post("/difference")
+@router.post("/difference", dependencies=[EDITOR])
 async def difference(body: Difference, session: Db, settings: Config, worker: Gpu) -> Response:
     """Compute a vector from two sets of texts and store it; its default strength is the difference's own norm."""
     model = await run_in_threadpool(catalog.model_entry, session, body.modelId)
@@ -89,7 +90,7 @@ async def difference(body: Difference, session: Db, settings: Config, worker: Gp
     return _json(await run_in_threadpool(store))
 
 
-@router.post("/get")
+@router.post("/get", dependencies=[VIEWER])
 def get(body: FeatureKey, session: Db, settings: Config) -> Response:
     """Return a vector, or a feature's decoder row as one."""
     if steering_vectors.is_address(body.source):
@@ -108,13 +109,13 @@ def get(body: FeatureKey, session: Db, settings: Config) -> Response:
     return _json({"vector": row})
 
 
-@router.post("/list-owned")
+@router.post("/list-owned", dependencies=[VIEWER])
 def list_owned(session: Db) -> Response:
-    """Return all vectors: there are no accounts yet."""
+    """Return all vectors: everybody sees everything."""
     return _json({"vectors": [_row(vector) for vector in steering_vectors.owned(session)]})
 
 
-@router.post("/delete")
+@router.post("/delete", dependencies=[EDITOR])
 def delete(body: FeatureKey, session: Db) -> Response:
     steering_vectors.delete(session, body.modelId, body.source, body.index)
     session.commit()

@@ -20,6 +20,7 @@ from app.catalog import FeatureRow, ModelEntry, parse_index
 from app.errors import AtlasError, BadFile, BadInput, NotFound
 from app.settings import Settings
 from app.specs import BulkSpec
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
 
@@ -59,12 +60,12 @@ class OutcomePage:
         return f"{self.entry.path}/bulk/{self.job_id}"
 
 
-@router.get("/{model}/bulk")
+@router.get("/{model}/bulk", dependencies=[VIEWER])
 def bulk_page(request: Request, model: str, session: Db) -> Response:
     return render(request, "bulk.html", BulkPage(catalog.model_entry(session, model), {}))
 
 
-@router.post("/{model}/bulk")
+@router.post("/{model}/bulk", dependencies=[EDITOR])
 async def queue(request: Request, model: str, session: Db, settings: Config) -> Response:
     """Store the file, queue the job, and lead to its page."""
     entry = await run_in_threadpool(catalog.model_entry, session, model)
@@ -80,7 +81,7 @@ async def queue(request: Request, model: str, session: Db, settings: Config) -> 
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
 
-@router.get("/{model}/bulk/{job_id}")
+@router.get("/{model}/bulk/{job_id}", dependencies=[VIEWER])
 def outcome(request: Request, model: str, job_id: str, session: Db, settings: Config) -> Response:
     entry = catalog.model_entry(session, model)
     left = bulk.outcome(session, settings, parse_index(job_id))
@@ -102,7 +103,7 @@ def outcome(request: Request, model: str, job_id: str, session: Db, settings: Co
     return render(request, "bulk_outcome.html", page)
 
 
-@router.get("/{model}/bulk/{job_id}/{name}")
+@router.get("/{model}/bulk/{job_id}/{name}", dependencies=[VIEWER])
 def download(model: str, job_id: str, name: str, session: Db, settings: Config) -> Response:
     left = bulk.outcome(session, settings, parse_index(job_id))
     job, files = left.job, left.files

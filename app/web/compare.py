@@ -19,6 +19,7 @@ from app.present import FeatureView
 from app.saecharts import Overlay
 from app.settings import Settings
 from app.tables import Job
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, partial, query, render
 from app.web.source import Metric, metrics
 
@@ -135,7 +136,7 @@ class ChoosePage:
     sources: tuple[SourceCard, ...]
 
 
-@router.get("/compare")
+@router.get("/compare", dependencies=[VIEWER])
 def compare(
     request: Request,
     session: Db,
@@ -163,7 +164,7 @@ def compare(
     return render(request, "compare.html", _sources(session, here, there, pairs))
 
 
-@router.post("/compare")
+@router.post("/compare", dependencies=[EDITOR])
 def match(session: Db, settings: Config, a: Annotated[str, Form()], b: Annotated[str, Form()]) -> Response:
     """Ask the trainer for the nearest features of two SAEs, both ways."""
     here, there = (catalog.source_card(session, *_parts(text)[:2]) for text in (a, b))

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from app.web.access import VIEWER
 from app.web.pages import render
 
 router = APIRouter()
@@ -29,7 +30,7 @@ class DocsPage:
     base: str
 
 
-@router.get("/docs")
+@router.get("/docs", dependencies=[VIEWER])
 def docs(request: Request) -> Response:
     spec = request.app.openapi()
     schemas: dict[str, Any] = spec.get("components", {}).get("schemas", {})

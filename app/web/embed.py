@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from app import catalog
 from app.catalog import FeatureRecord
+from app.web.access import VIEWER
 from app.web.guard import CONTENT_POLICY
 from app.web.pages import Db, base_of, query, render
 
@@ -116,7 +117,7 @@ def embedded(request: Request, page: FeaturePage, switches: Switches) -> Respons
     return render(request, "embed.html", EmbeddedPage(page, switches), headers=headers)
 
 
-@router.get("/{model}/{source}/{index}/embed")
+@router.get("/{model}/{source}/{index}/embed", dependencies=[VIEWER])
 def builder(
     request: Request,
     model: str,

@@ -28,6 +28,7 @@ from app.present import FeatureView, ShadedToken, Width
 from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
+from app.web.access import VIEWER
 from app.web.embed import SWITCHES, Embedded, embedded
 from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, render
 from app.web.problems import Problem, of
@@ -226,7 +227,7 @@ class ContextPage:
     title: str
 
 
-@router.get("/{model}/{source}/jump")
+@router.get("/{model}/{source}/jump", dependencies=[VIEWER])
 def jump(
     model: str,
     source: str,
@@ -253,7 +254,7 @@ def jump(
     return RedirectResponse(f"{found.path}/{catalog.parse_index(to.strip())}{kept}", 302)
 
 
-@router.get("/{model}/{source}/{index}/vector.json")
+@router.get("/{model}/{source}/{index}/vector.json", dependencies=[VIEWER])
 def vector(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """The feature's row of W_dec, for notebooks."""
     record = catalog.feature_record(session, model, source, catalog.parse_index(index))
@@ -269,7 +270,7 @@ def vector(model: str, source: str, index: str, session: Db, settings: Config) -
     return JSONResponse(body, headers=_download(record, "json"))
 
 
-@router.get("/{model}/{source}/{index}/vector.npy")
+@router.get("/{model}/{source}/{index}/vector.npy", dependencies=[VIEWER])
 def vector_as_array(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """The feature's row of W_dec as numpy.load reads it: float32 [d_in]."""
     record = catalog.feature_record(session, model, source, catalog.parse_index(index))
@@ -283,7 +284,7 @@ def _download(record: FeatureRecord, kind: str) -> dict[str, str]:
     return {"content-disposition": f'attachment; filename="{name}"'}
 
 
-@router.get("/{model}/{source}/{index}")
+@router.get("/{model}/{source}/{index}", dependencies=[VIEWER])
 def feature_page(
     request: Request,
     model: str,
@@ -310,7 +311,7 @@ def feature_page(
     return render(request, "feature.html", page, headers=ahead(request))
 
 
-@router.get("/{model}/{source}/{index}/context/{context}")
+@router.get("/{model}/{source}/{index}/context/{context}", dependencies=[VIEWER])
 def context_page(
     request: Request, model: str, source: str, index: str, context: str, session: Db, settings: Config, chosen: Chosen
 ) -> Response:
@@ -345,7 +346,7 @@ def _whole(
     return present.silent_window(silent, ids, words, whole, bos, special, title)
 
 
-@router.get("/{model}/{source}/{index}/try")
+@router.get("/{model}/{source}/{index}/try", dependencies=[VIEWER])
 async def try_from_address(
     request: Request,
     model: str,
@@ -359,7 +360,7 @@ async def try_from_address(
     return await _try(request, model, source, index, session, settings, worker, text)
 
 
-@router.post("/{model}/{source}/{index}/try")
+@router.post("/{model}/{source}/{index}/try", dependencies=[VIEWER])
 async def try_text(
     request: Request,
     model: str,

@@ -34,9 +34,11 @@ _QUIET = ("/static/", "/healthz", "/readyz")
 class Guard:
     """Refuse foreign hosts (400), cross-site writes (403) and large bodies (413); name, log and dress each request."""
 
-    def __init__(self, app: ASGIApp, loopback: bool, max_body_bytes: int, larger: Mapping[str, int]) -> None:
+    def __init__(self, app: ASGIApp, public_url: str, max_body_bytes: int, larger: Mapping[str, int]) -> None:
         self.app = app
-        self.loopback = loopback
+        self.public_host = (urlsplit(public_url).hostname or "").lower()
+        """The name a team opens; loopback names are answered too: probes and a proxy on the machine use them."""
+        self.https = public_url.startswith("https:")
         self.max_body_bytes = max_body_bytes
         self.larger = larger
         """Paths that take larger bodies, with how large."""
@@ -56,7 +58,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _dress(MutableHeaders(scope=message), request_id)
+                _dress(MutableHeaders(scope=message), request_id, self.https)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -68,12 +70,13 @@ class Guard:
             path = str(scope["path"])
             if not path.startswith(_QUIET):
                 ms = round((time.perf_counter() - began) * 1000, 1)
-                _logger.info("request", method=scope["method"], path=path[:200], status=status, ms=ms)
+                _logger.info("request", method=scope["method"], path=_without_secrets(path)[:200], status=status, ms=ms)
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
-        if self.loopback and not is_loopback(_name(host)):
-            return 400, f"This server answers to localhost and 127.0.0.1 only, not to {host[:80]!r}."
+        if not is_loopback(_name(host)) and (not self.public_host or _name(host) != self.public_host):
+            names = self.public_host or "localhost and 127.0.0.1"
+            return 400, f"This server answers to {names} only, not to {host[:80]!r}."
         if scope["method"] not in _SAFE and cross_site(headers):
             return 403, "A page of another site may not change anything here."
         length = headers.get("content-length", "")
@@ -124,7 +127,14 @@ def _name(host: str) -> str:
     return host.rsplit(":", 1)[0].lower() if ":" in host else host.lower()
 
 
-def _dress(headers: MutableHeaders, request_id: str) -> None:
+def _without_secrets(path: str) -> str:
+    """Return a path as it may be logged: an invitation's address is its secret."""
+    return "/invite/…" if path.startswith("/invite/") else path
+
+
+def _dress(headers: MutableHeaders, request_id: str, https: bool) -> None:
+    if https:
+        headers.setdefault("strict-transport-security", "max-age=31536000")
     headers["x-request-id"] = request_id
     headers.setdefault("content-security-policy", CONTENT_POLICY)
     headers.setdefault("x-content-type-options", "nosniff")

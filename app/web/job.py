@@ -19,6 +19,7 @@ from app.errors import BadInput
 from app.jobs import MAX_PRIORITY
 from app.settings import Settings
 from app.tables import Job, JobMetric, JobState, now
+from app.web.access import EDITOR, VIEWER
 from app.web.guard import CHART_POLICY
 from app.web.pages import Config, Db, partial, render
 
@@ -104,7 +105,7 @@ class JobPage:
     latest: tuple[tuple[str, str], ...]
 
 
-@router.get("/jobs")
+@router.get("/jobs", dependencies=[VIEWER])
 def jobs_page(request: Request, session: Db, settings: Config) -> Response:
     places = _places(session, settings)
     cards = tuple(_card(job, places) for job in jobs.recent(session))
@@ -112,12 +113,12 @@ def jobs_page(request: Request, session: Db, settings: Config) -> Response:
     return render(request, "_jobs.html" if partial(request) else "jobs.html", page)
 
 
-@router.get("/jobs/{job_id}")
+@router.get("/jobs/{job_id}", dependencies=[VIEWER])
 def job_page(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     return _show(request, session, settings, parse_index(job_id))
 
 
-@router.get("/jobs/{job_id}/log.txt")
+@router.get("/jobs/{job_id}/log.txt", dependencies=[VIEWER])
 def log(job_id: str, session: Db) -> Response:
     """The whole log that is kept, as text."""
     job = jobs.get(session, parse_index(job_id))
@@ -125,7 +126,7 @@ def log(job_id: str, session: Db) -> Response:
     return PlainTextResponse(f"{text}\n".encode("utf-8", "replace"))
 
 
-@router.post("/jobs/{job_id}/priority")
+@router.post("/jobs/{job_id}/priority", dependencies=[EDITOR])
 def place(
     request: Request,
     job_id: str,
@@ -143,7 +144,7 @@ def place(
     return _after(request, session, settings, number)
 
 
-@router.post("/jobs/{job_id}/cancel")
+@router.post("/jobs/{job_id}/cancel", dependencies=[EDITOR])
 def cancel(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     number = parse_index(job_id)
     jobs.cancel(session, number)
@@ -151,7 +152,7 @@ def cancel(request: Request, job_id: str, session: Db, settings: Config) -> Resp
     return _after(request, session, settings, number)
 
 
-@router.post("/jobs/{job_id}/pause")
+@router.post("/jobs/{job_id}/pause", dependencies=[EDITOR])
 def pause(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     number = parse_index(job_id)
     jobs.pause(session, number)
@@ -159,7 +160,7 @@ def pause(request: Request, job_id: str, session: Db, settings: Config) -> Respo
     return _after(request, session, settings, number)
 
 
-@router.post("/jobs/{job_id}/resume")
+@router.post("/jobs/{job_id}/resume", dependencies=[EDITOR])
 def resume(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     number = parse_index(job_id)
     jobs.resume(session, number)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from app import catalog
 from app.protocol import Loading
+from app.web.access import VIEWER
 from app.web.pages import Config, Db, Gpu, render
 
 router = APIRouter()
@@ -21,7 +22,7 @@ class LoadingPart:
     loading: tuple[Loading, ...]
 
 
-@router.post("/{model}/loading")
+@router.post("/{model}/loading", dependencies=[VIEWER])
 async def loading(
     request: Request,
     model: str,

@@ -16,6 +16,7 @@ from app.maps import Cluster, Map
 from app.present import Window
 from app.saecharts import Thumbnail
 from app.tables import Job
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, query, render
 from app.web.search import top_window
 
@@ -69,7 +70,7 @@ class Point:
     example: Window | None
 
 
-@router.get("/{model}/{source}/map")
+@router.get("/{model}/{source}/map", dependencies=[VIEWER])
 def map_page(
     request: Request,
     model: str,
@@ -98,7 +99,7 @@ def map_page(
     return render(request, "map.html", page)
 
 
-@router.post("/{model}/{source}/map")
+@router.post("/{model}/{source}/map", dependencies=[EDITOR])
 def draw(model: str, source: str, session: Db, settings: Config) -> Response:
     """Ask the trainer for the map."""
     found = catalog.source_card(session, model, source)
@@ -110,7 +111,7 @@ def draw(model: str, source: str, session: Db, settings: Config) -> Response:
     return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
-@router.get("/{model}/{source}/map/points")
+@router.get("/{model}/{source}/map/points", dependencies=[VIEWER])
 def points(model: str, source: str, session: Db, v: str = "") -> Response:
     """All points, little-endian: u32 n, then u16 x [n], y [n] over -1..1, cluster [n], then u8 density [n].
 
@@ -137,7 +138,7 @@ def points(model: str, source: str, session: Db, v: str = "") -> Response:
     return Response(body, media_type="application/octet-stream", headers={"cache-control": kept})
 
 
-@router.get("/{model}/{source}/map/found")
+@router.get("/{model}/{source}/map/found", dependencies=[VIEWER])
 def found_points(
     request: Request, model: str, source: str, session: Db, q: Annotated[str, Query(max_length=200)] = ""
 ) -> Response:
@@ -148,7 +149,7 @@ def found_points(
     return JSONResponse(search.indices(session, labels.current(session), q, scope, limit=MAX_FOUND))
 
 
-@router.get("/{model}/{source}/map/{index}")
+@router.get("/{model}/{source}/map/{index}", dependencies=[VIEWER])
 def point(request: Request, model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """What a point says: label, cluster, top example."""
     record = catalog.feature_record(session, model, source, catalog.parse_index(index))

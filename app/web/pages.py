@@ -21,6 +21,7 @@ from starlette.types import Scope
 
 from app import present
 from app.gpu import Worker
+from app.people import Actor
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -78,8 +79,16 @@ class Pages:
             "data": data,
         }
 
-    def html(self, name: str, page: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> HTMLResponse:
-        text = self.env.get_template(name).render(page=page)
+    def html(
+        self,
+        name: str,
+        page: Any,
+        actor: Actor | None = None,
+        *,
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+    ) -> HTMLResponse:
+        text = self.env.get_template(name).render(page=page, actor=actor)
         # Words that people or models wrote may hold lone surrogates, which UTF-8 cannot.
         return HTMLResponse(text.encode("utf-8", "replace"), status, headers)
 
@@ -87,7 +96,8 @@ class Pages:
 def render(
     request: Request, name: str, page: Any, *, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
-    return request.app.state.pages.html(name, page, status=status, headers=headers)
+    actor = getattr(request.state, "actor", None)
+    return request.app.state.pages.html(name, page, actor, status=status, headers=headers)
 
 
 def partial(request: Request) -> bool:
@@ -97,6 +107,9 @@ def partial(request: Request) -> bool:
 
 def base_of(request: Request) -> str:
     """Return scheme and host a page was asked under, for addresses that are followed from elsewhere."""
+    settings: Settings = request.app.state.settings
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
     return f"{request.url.scheme}://{request.url.netloc}"
 
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from app import catalog, search
 from app.catalog import ModelEntry
+from app.web.access import VIEWER
 from app.web.pages import Db, query, render
 
 router = APIRouter()
@@ -45,7 +46,7 @@ class Palette:
     options: tuple[Option, ...]
 
 
-@router.get("/palette")
+@router.get("/palette", dependencies=[VIEWER])
 def palette(
     request: Request,
     session: Db,

@@ -9,16 +9,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import log
 from app.catalog import NotInCatalog
 from app.errors import AtlasError
 from app.web import pages
+from app.web.access import SignInNeeded, login_path
 
 _logger = log.get("web")
 _HEADINGS = {
     400: "That address cannot be used",
+    401: "Sign in",
     403: "Not allowed",
     404: "Nothing here",
     405: "Not that way",
@@ -56,11 +58,25 @@ def answer(request: Request, problem: Problem, headers: dict[str, str] | None = 
     headers = dict(headers or {})
     if problem.retry_after is not None:
         headers["retry-after"] = str(problem.retry_after)
-    if request.url.path == "/api" or request.url.path.startswith("/api/"):
+    if _of_api(request):
         message = problem.message.encode("utf-8", "replace").decode()
         return JSONResponse({"error": message, "message": message}, problem.status, headers)
     name = "_problem.html" if pages.partial(request) else "problem.html"
     return pages.render(request, name, problem, status=problem.status, headers=headers)
+
+
+def _of_api(request: Request) -> bool:
+    return request.url.path == "/api" or request.url.path.startswith("/api/")
+
+
+def _to_sign_in(request: Request) -> Response:
+    path = login_path(request)
+    # htmx would follow a redirect and put the login page into a corner of the page.
+    return (
+        Response(status_code=401, headers={"hx-redirect": path})
+        if pages.partial(request)
+        else RedirectResponse(path, 303)
+    )
 
 
 def of(error: AtlasError) -> Problem:
@@ -78,6 +94,8 @@ def sentence(errors: list[dict[str, Any]]) -> str:
 
 
 async def _atlas(request: Request, error: Exception) -> Response:
+    if isinstance(error, SignInNeeded) and not _of_api(request):
+        return _to_sign_in(request)
     return answer(request, of(cast(AtlasError, error)))
 
 

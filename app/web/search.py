@@ -17,6 +17,7 @@ from app.present import Window
 from app.search import Hit, Results, Scope
 from app.settings import Settings
 from app.tokens import vocabulary
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, partial, query, render
 
 router = APIRouter()
@@ -62,7 +63,7 @@ class SearchPage:
         return "/search" + query({"q": self.q, "scope": self.scope, "offset": offset})
 
 
-@router.get("/search")
+@router.get("/search", dependencies=[VIEWER])
 def search_page(
     request: Request,
     session: Db,
@@ -91,7 +92,7 @@ def search_page(
     return render(request, "_hits.html" if partial(request) else "search.html", page)
 
 
-@router.post("/search/embed")
+@router.post("/search/embed", dependencies=[EDITOR])
 def embed(session: Db, settings: Config) -> Response:
     """Ask the trainer for the vectors that are missing."""
     job = embeddings.queue(session, settings)

@@ -20,6 +20,7 @@ from app.protocol import ModelCard
 from app.saecharts import Figure, Thumbnail
 from app.tables import Job
 from app.validations import Validation
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, Gpu, partial, query, render
 
 router = APIRouter()
@@ -202,13 +203,13 @@ class FilterQuery(BaseModel):
         return tuple(name for name in COLUMNS if name in self.columns) or COLUMNS
 
 
-@router.get("/{model}/{source}/random")
+@router.get("/{model}/{source}/random", dependencies=[VIEWER])
 def random_in_source(model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]) -> Response:
     found = catalog.source_card(session, model, source)
     return RedirectResponse(f"{found.path}/{catalog.random_feature(session, found, wanted.filter())}", 302)
 
 
-@router.get("/{model}/{source}/features.{kind}")
+@router.get("/{model}/{source}/features.{kind}", dependencies=[VIEWER])
 def export(
     request: Request,
     model: str,
@@ -233,14 +234,14 @@ def export(
     return StreamingResponse(write(found, rows(), wanted.shown), media_type=media, headers=headers)
 
 
-@router.get("/{model}/{source}/memory")
+@router.get("/{model}/{source}/memory", dependencies=[VIEWER])
 async def memory(request: Request, model: str, source: str, session: Db, settings: Config, worker: Gpu) -> Response:
     """The line that says where the SAE's weights are, fetched after the page so that no page waits for the worker."""
     found = await run_in_threadpool(catalog.source_card, session, model, source)
     return render(request, "_memory.html", await placement(worker, settings, found))
 
 
-@router.post("/{model}/{source}/remove")
+@router.post("/{model}/{source}/remove", dependencies=[EDITOR])
 def remove(model: str, source: str, session: Db, settings: Config) -> Response:
     """Delete an SAE; its weights too, where no other source uses them."""
     found = catalog.source_card(session, model, source)
@@ -249,7 +250,7 @@ def remove(model: str, source: str, session: Db, settings: Config) -> Response:
     return RedirectResponse(f"/{found.model_id}", 303)
 
 
-@router.get("/{model}")
+@router.get("/{model}", dependencies=[VIEWER])
 def model_page(
     request: Request,
     model: str,
@@ -277,7 +278,7 @@ def model_page(
     return render(request, "model.html", ModelPage(entry, facts, grid(entry.sources), only))
 
 
-@router.get("/{model}/{source}")
+@router.get("/{model}/{source}", dependencies=[VIEWER])
 def source_page(
     request: Request, model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]
 ) -> Response:

@@ -25,6 +25,7 @@ from app.errors import BadInput, NotFound
 from app.protocol import Operation, Positions, SteerMethod
 from app.steering import Completion, Control
 from app.sweeps import Point, Suggestion
+from app.web.access import VIEWER
 from app.web.pages import Config, Db, Gpu, query, render
 
 router = APIRouter()
@@ -158,7 +159,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-@router.get("/{model}/steer")
+@router.get("/{model}/steer", dependencies=[VIEWER])
 def steer_page(
     request: Request,
     model: str,
@@ -244,7 +245,7 @@ def _page(
     )
 
 
-@router.post("/{model}/steer")
+@router.post("/{model}/steer", dependencies=[VIEWER])
 async def steer_form(request: Request, model: str, session: Db, settings: Config, worker: Gpu) -> Response:
     """Run the form of a browser without JavaScript and go to the run's address."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
@@ -323,7 +324,7 @@ def _address(entry: ModelEntry, body: Completion, *added: str) -> str:
     return f"{entry.path}/steer{query({'feature': [*chosen, *added], 'text': body.prompt, **more})}"
 
 
-@router.get("/{model}/steer/features")
+@router.get("/{model}/steer/features", dependencies=[VIEWER])
 def choices(
     request: Request,
     model: str,
@@ -365,7 +366,7 @@ class SweepPage:
         return self.job.state in ("queued", "running")
 
 
-@router.get("/{model}/steer/sweep/{job_id}")
+@router.get("/{model}/steer/sweep/{job_id}", dependencies=[VIEWER])
 def sweep_page(request: Request, model: str, job_id: str, session: Db) -> Response:
     """Show a sweep's table and trade-off; while its job goes on, how far it is."""
     entry = catalog.model_entry(session, model)
@@ -390,7 +391,7 @@ def sweep_page(request: Request, model: str, job_id: str, session: Db) -> Respon
     return render(request, "sweep.html", page)
 
 
-@router.get("/{model}/steer/{run_id}")
+@router.get("/{model}/steer/{run_id}", dependencies=[VIEWER])
 def replay(request: Request, model: str, run_id: str, session: Db, settings: Config) -> Response:
     """Show a saved run as it was; nothing is generated again."""
     entry = catalog.model_entry(session, model)

@@ -26,6 +26,7 @@ from app import catalog, formats, harvests, hub, validations, weights
 from app.catalog import ModelEntry
 from app.errors import AtlasError, BadFile, BadInput, Full, TooLarge
 from app.settings import Settings
+from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
 
@@ -57,14 +58,14 @@ class UploadPage:
     problem: Problem | None = None
 
 
-@router.get(PATH)
+@router.get(PATH, dependencies=[VIEWER])
 def upload_page(
     request: Request, session: Db, settings: Config, model: Annotated[str, Query(max_length=200)] = ""
 ) -> Response:
     return render(request, "upload.html", _page(session, settings, {"model": model}))
 
 
-@router.post(PATH)
+@router.post(PATH, dependencies=[EDITOR])
 async def upload(request: Request, session: Db, settings: Config) -> Response:
     """Store the SAE and lead to its page; scripts that ask for JSON get its address."""
     home = settings.data_dir / "saes"

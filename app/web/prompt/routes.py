@@ -19,6 +19,7 @@ from app.errors import AtlasError, BadInput, NotFound, TooLarge
 from app.gpu import Worker
 from app.protocol import ChatMessage, ChatRequest, EncodeReply, EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
+from app.web.access import VIEWER
 from app.web.guard import CHART_POLICY
 from app.web.pages import Config, Db, Gpu, partial, render
 from app.web.problems import Problem, of
@@ -82,12 +83,12 @@ class PromptPage:
         return replace(self.lab, **changes).address(self.path)
 
 
-@router.get("/{model}/prompt")
+@router.get("/{model}/prompt", dependencies=[VIEWER])
 async def prompt_from_address(request: Request, model: str, session: Db, settings: Config, worker: Gpu) -> Response:
     return await _answer(request, model, _values(request.query_params), session, settings, worker)
 
 
-@router.post("/{model}/prompt")
+@router.post("/{model}/prompt", dependencies=[VIEWER])
 async def prompt(request: Request, model: str, session: Db, settings: Config, worker: Gpu) -> Response:
     values = await _form(request, settings)
     if not partial(request):
@@ -98,7 +99,7 @@ async def prompt(request: Request, model: str, session: Db, settings: Config, wo
     return await _answer(request, model, values, session, settings, worker)
 
 
-@router.post("/{model}/prompt/save")
+@router.post("/{model}/prompt/save", dependencies=[VIEWER])
 async def save(request: Request, model: str, session: Db, settings: Config) -> Response:
     """Keep the prompt as it is, and lead to its address."""
     lab = lab_of(await _form(request, settings))
@@ -115,7 +116,7 @@ async def save(request: Request, model: str, session: Db, settings: Config) -> R
     return RedirectResponse(await run_in_threadpool(keep), 303)
 
 
-@router.get("/{model}/prompt/{run_id}")
+@router.get("/{model}/prompt/{run_id}", dependencies=[VIEWER])
 async def saved(request: Request, model: str, run_id: str, session: Db, settings: Config, worker: Gpu) -> Response:
     entry = await run_in_threadpool(catalog.model_entry, session, model)
     run = await run_in_threadpool(prompts.get, session, entry.card.id, run_id)
@@ -123,7 +124,7 @@ async def saved(request: Request, model: str, run_id: str, session: Db, settings
     return await _answer(request, model, values, session, settings, worker, path, hashes)
 
 
-@router.get("/{model}/{source}/prompt")
+@router.get("/{model}/{source}/prompt", dependencies=[VIEWER])
 def old_address(request: Request, model: str, source: str, session: Db) -> Response:
     """The address of earlier versions, one source each; its parameters mean the same."""
     card = catalog.source_card(session, model, source)

@@ -1,0 +1,170 @@
+"""Who may do what: every route declares `ANYONE`, `VIEWER`, `EDITOR` or `ADMIN` among its dependencies.
+
+Without team mode there is one person, who may do everything, and nothing is looked up. In team mode a cookie or an API
+key says who asks; whoever may not is sent to sign in (pages), or answered 401 or 403.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from typing import Annotated, Any, cast
+from urllib.parse import quote, urlsplit
+
+from fastapi import Depends, Request
+from fastapi.params import Depends as DependsParameter
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from app import people
+from app.errors import Busy, Forbidden, Unauthorized
+from app.people import LOCAL, Actor, Role
+from app.settings import Settings
+
+_COOKIE = "atlas_login"
+
+
+class SignInNeeded(Unauthorized):
+    """Nobody is signed in; a browser is led to the login page."""
+
+
+class Rates:
+    """A token bucket for each person or address, in this process: a minute's requests may come at once."""
+
+    def __init__(self, per_minute: int, most: int = 10_000) -> None:
+        self._per_minute = per_minute
+        self._most = most
+        self._lock = threading.Lock()
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def spend(self, key: str) -> None:
+        """Take one request off a bucket. Raises Busy when it is empty."""
+        with self._lock:
+            at = time.monotonic()
+            left, since = self._buckets.pop(key, (float(self._per_minute), at))
+            left = min(left + (at - since) * self._per_minute / 60, self._per_minute) - 1
+            self._buckets[key] = (max(left, 0.0), at)
+            while len(self._buckets) > self._most:
+                self._buckets.popitem(last=False)
+        if left < 0:
+            raise Busy(f"More than {self._per_minute:,} requests a minute. Wait a moment.", retry_after=2)
+
+
+def address_of(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _needs(role: Role | None) -> Any:
+    async def check(request: Request) -> None:
+        settings = cast(Settings, request.app.state.settings)
+        if not settings.team:
+            request.state.actor = LOCAL
+            return
+        actor = await run_in_threadpool(_actor, request)
+        request.state.actor = actor
+        cast(Rates, request.app.state.rates).spend(f"person {actor.id}" if actor else f"address {address_of(request)}")
+        if role is None:
+            return
+        if actor is None:
+            raise SignInNeeded("Sign in, or send an API key of yours in the header x-api-key.")
+        if not actor.role.covers(role):
+            raise Forbidden(f"You are {_article(actor.role)} here; this takes {_article(role)}. Ask an admin.")
+
+    check.role = role  # type: ignore[attr-defined]  # read by declared()
+    return Depends(check)
+
+
+ANYONE = _needs(None)
+VIEWER = _needs(Role.VIEWER)
+EDITOR = _needs(Role.EDITOR)
+ADMIN = _needs(Role.ADMIN)
+
+
+def declared(dependencies: list[DependsParameter]) -> list[Role | None]:
+    """Return the roles that a route's dependencies declare; for the test that walks all routes."""
+    return [
+        cast(Any, d.dependency).role for d in dependencies if d.dependency is not None and hasattr(d.dependency, "role")
+    ]
+
+
+def actor_of(request: Request) -> Actor | None:
+    """Return who asks; None before a route declared what it needs, or when nobody is signed in."""
+    return getattr(request.state, "actor", None)
+
+
+def _signed_in(request: Request) -> Actor:
+    actor = actor_of(request)
+    if actor is None:
+        raise SignInNeeded("Sign in first.")
+    return actor
+
+
+Who = Annotated[Actor, Depends(_signed_in)]
+"""Who asks, for routes that declare VIEWER or more."""
+
+
+def _actor(request: Request) -> Actor | None:
+    sessions = cast("sessionmaker[Session]", request.app.state.sessions)
+    if key := _key(request):
+        with sessions.begin() as session:
+            actor = people.of_token(session, key)
+        if actor is None:
+            raise Unauthorized("This API key is unknown, expired or revoked. Make one under /account.")
+        return actor
+    secret = request.cookies.get(cookie_name(request.app.state.settings), "")
+    if not secret:
+        return None
+    with sessions.begin() as session:
+        return people.of_login(session, secret)
+
+
+def _key(request: Request) -> str:
+    if key := request.headers.get("x-api-key", ""):
+        return key
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def cookie_name(settings: Settings) -> str:
+    """The prefix makes browsers refuse the cookie from other hosts and over plain HTTP."""
+    return f"__Host-{_COOKIE}" if settings.public_url.startswith("https:") else _COOKIE
+
+
+def remember(response: Response, settings: Settings, secret: str) -> None:
+    """Give the browser its login."""
+    response.set_cookie(
+        cookie_name(settings),
+        secret,
+        max_age=people.LOGIN_DAYS * 86_400,
+        secure=settings.public_url.startswith("https:"),
+        httponly=True,
+        samesite="lax",
+    )
+
+
+def forget(response: Response, settings: Settings) -> None:
+    response.delete_cookie(
+        cookie_name(settings), secure=settings.public_url.startswith("https:"), httponly=True, samesite="lax"
+    )
+
+
+def local_path(address: str) -> str:
+    """Return an address of this site as it is, and `/` for any other: nobody is sent elsewhere after signing in."""
+    if not address.startswith("/") or address.startswith(("//", "/\\")) or any(ord(c) < 33 for c in address):
+        return "/"
+    parts = urlsplit(address)
+    return address if not parts.scheme and not parts.netloc and "\\" not in address else "/"
+
+
+def login_path(request: Request) -> str:
+    """Return where to sign in, and come back here afterwards where going back makes sense."""
+    if request.method not in ("GET", "HEAD"):
+        return "/login"
+    here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    return "/login" if here == "/" else f"/login?next={quote(local_path(here), safe='')}"
+
+
+def _article(role: Role) -> str:
+    return f"an {role}" if role[0] in "ae" else f"a {role}"
