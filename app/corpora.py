@@ -67,8 +67,18 @@ class Stream:
 
     def context(self, row: int, context_size: int, bos: int | None) -> list[int]:
         """The token ids of one context, [context_size]."""
-        ids = self.contexts(np.array([row]), context_size, bos)[0].tolist()
+        body = context_size - (bos is not None)
+        ids = self.tokens[row * body : (row + 1) * body].tolist()
+        if bos is not None:
+            ids = [bos, *ids]
         return ids[: self.lengths[row]] if self.lengths else ids
+
+    def token(self, row: int, position: int, context_size: int, bos: int | None) -> int:
+        """One token of `context`, without reading the others."""
+        if bos is not None and position == 0:
+            return bos
+        has_bos = bos is not None
+        return int(self.tokens[row * (context_size - has_bos) + position - has_bos])
 
     def contexts(self, rows: npt.NDArray[np.int64], context_size: int, bos: int | None) -> npt.NDArray[np.int64]:
         """The token ids of some contexts, [len(rows), context_size]."""
@@ -92,7 +102,7 @@ class Stream:
 def _open_stream(directory: Path) -> Stream:
     about = json.loads((directory / "documents.json").read_text())
     tokens = np.memmap(directory / "stream.bin", dtype=np.dtype(about["dtype"]).newbyteorder("<"), mode="r")
-    return Stream(tokens, about["starts"], about["titles"], about["sources"], about.get("lengths", []))
+    return Stream(tokens.view(np.ndarray), about["starts"], about["titles"], about["sources"], about.get("lengths", []))
 
 
 def write_stream(

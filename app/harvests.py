@@ -39,6 +39,8 @@ class FeatureRecord:
     top_logit: str
     effects: tuple[Effect, ...] | None = None
     """Causal effects of its top examples; None where they were not measured."""
+    blob: bytes | None = None
+    """The evidence packed already, where whoever hands it over has that."""
 
 
 def catalogue_sae(
@@ -282,7 +284,7 @@ def _evidence_row(harvest: Harvest, feature: FeatureRecord) -> dict[str, Any]:
     return {
         "harvest_id": harvest.id,
         "index": feature.index,
-        "blob": blobs.pack(feature.evidence),
+        "blob": feature.blob or blobs.pack(feature.evidence),
         "effects": effects,
     }
 

@@ -24,7 +24,7 @@ class Text:
     bos: int | None
 
     def token_at(self, context: int, position: int) -> int:
-        return self.stream.context(context, self.context_size, self.bos)[max(position, 0)]
+        return self.stream.token(context, max(position, 0), self.context_size, self.bos)
 
     def string_at(self, example: Example, offset: int = 0) -> str:
         """The token at an example's peak, or `offset` from it."""

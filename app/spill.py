@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+RECORDS_PER_CHUNK = 4_000_000
+"""Most activations read at once, 12 bytes each and as much again while they are looked at, whatever the corpus."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,19 @@ class Spill:
             fill += sizes
         return Records(bounds, tokens, values)
 
+    def chunks(self, start: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+        """Cut latents start..end into runs of up to `most` that have at most RECORDS_PER_CHUNK records together.
+
+        A latent with more than that comes alone.
+        """
+        totals = np.concatenate([[0], np.cumsum(self.counts[start:end])])
+        low = 0
+        while low < end - start:
+            fitting = int(np.searchsorted(totals, totals[low] + RECORDS_PER_CHUNK, side="right")) - 1
+            high = min(max(fitting, low + 1), low + most, end - start)
+            yield start + low, start + high
+            low = high
+
     @property
     def counts(self) -> npt.NDArray[np.int64]:
         """[d_sae] records of each latent."""
@@ -166,7 +182,7 @@ class Spill:
 
 
 def _open(path: Path, d_sae: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    content = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slices of a memmap cost ten times as much
     starts = np.frombuffer(content[: 8 * (d_sae + 1)], dtype="<i8")
     n = int(starts[-1])
     body = content[8 * (d_sae + 1) :]

@@ -115,6 +115,9 @@ def test_contexts_are_the_stream_behind_a_bos_token(tmp_path: Path) -> None:
     assert stream.n_contexts(4, bos=8) == 3
     assert stream.contexts(np.array([0, 1]), 4, bos=8).tolist() == [[8, 1, 2, 3], [8, 9, 4, 5]]
     assert stream.context(1, 4, bos=None) == [4, 5, 6, 7]
+    for bos in (None, 99):
+        assert [stream.token(1, p, 4, bos) for p in range(4)] == stream.context(1, 4, bos)
+        assert stream.contexts(np.array([1]), 4, bos).tolist() == [stream.context(1, 4, bos)]
     assert [stream.title(1, position, 4, bos=8) for position in range(4)] == ["A", "A", "B", "B"]
 
 

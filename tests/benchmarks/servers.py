@@ -51,7 +51,7 @@ def demo() -> Iterator[Servers]:
         )
         if settings.threads:
             torch.set_num_threads(settings.threads)  # what is compared has as many as the worker
-        source = _prepare(settings)
+        source = installed(settings)
         processes = [
             subprocess.Popen([sys.executable, "-m", module], env=environment(settings))
             for module in ("workers.gpu", "app")
@@ -96,7 +96,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _prepare(settings: Settings) -> Source:
+def installed(settings: Settings) -> Source:
     engine = db.connect(settings)
     db.migrate(engine)
     with db.sessions(engine)() as session:

@@ -406,6 +406,23 @@ def test_shards_merge_into_one_order(tmp_path: Path) -> None:
     assert Spill([tmp_path / "a", tmp_path / "b"], 4).records(2, 3).of(0)[0].tolist() == [3, 5, 7]
 
 
+def test_a_spill_is_read_in_runs_of_few_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "RECORDS_PER_CHUNK", 5)
+    counts = [2, 3, 1, 0, 9, 4, 1, 0]
+    latents = np.repeat(np.arange(8), counts)
+    write(tmp_path / "a", latents, np.arange(20), np.ones(20, dtype=np.float32), 8)
+    found = Spill([tmp_path / "a"], 8)
+    assert list(found.chunks(0, 8, 100)) == [(0, 2), (2, 4), (4, 5), (5, 8)]
+    assert list(found.chunks(1, 7, 2)) == [(1, 3), (3, 4), (4, 5), (5, 7)]
+
+
+def test_the_largest_of_a_row_are_those_of_a_stable_sort() -> None:
+    rng = np.random.default_rng(0)
+    for n in (1, 3, 10, 40, 50):
+        row = np.round(rng.random(40), 1)  # full of ties
+        assert assemble._largest(row, n).tolist() == np.argsort(-row, kind="stable")[:n].tolist()
+
+
 def test_correlation_of_a_thinned_corpus_stays_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     context, n_contexts = 11, 2_000

@@ -156,8 +156,16 @@ class Correlation:
         scale = np.outer(self.deviations[start:end], self.deviations)
         pearson = np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
         pearson[np.arange(end - start), np.arange(start, end)] = -2.0
-        indices = np.argsort(-pearson, axis=1, kind="stable")[:, :n]
+        indices = np.stack([_largest(row, n) for row in pearson])
         return indices, np.take_along_axis(pearson, indices, axis=1)
+
+
+def _largest(row: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.int64]:
+    """Where the n largest are, the first of equal ones first: a stable sort's answer without sorting all of a row."""
+    n = min(n, len(row))
+    least = np.partition(row, len(row) - n)[len(row) - n]
+    places = np.flatnonzero(row >= least)
+    return places[np.argsort(-row[places], kind="stable")[:n]]
 
 
 def _thinned(spill: Spill, d_sae: int, kept: npt.NDArray[np.bool_], context_size: int) -> scipy.sparse.csc_array:
@@ -165,8 +173,8 @@ def _thinned(spill: Spill, d_sae: int, kept: npt.NDArray[np.bool_], context_size
     tokens: list[npt.NDArray[np.int64]] = []
     values: list[npt.NDArray[np.float32]] = []
     counts: list[npt.NDArray[np.int64]] = []
-    for start in range(0, d_sae, _LATENTS_PER_READ):
-        part = spill.records(start, min(start + _LATENTS_PER_READ, d_sae))
+    for start, end in spill.chunks(0, d_sae, _LATENTS_PER_READ):
+        part = spill.records(start, end)
         mask = kept[part.tokens // context_size]
         tokens.append(part.tokens[mask])
         values.append(part.values[mask])

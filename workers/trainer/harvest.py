@@ -269,10 +269,10 @@ def _planned(context: JobContext) -> list[str]:
 def _work(context: JobContext, readings: Sequence[Reading], step: str) -> None:
     """Do one share."""
     verb, *names, place = step.split(" ")
-    number, total = (int(n) for n in place.split("/"))
+    number = int(place.partition("/")[0])
     match verb:
         case "read":
-            _read_shard(context, readings, number - 1, total)
+            read_shard(context, readings, number - 1)
         case "assemble":
             index = readings[0].spec.sources.index(names[0])
             _assemble_part(context, readings[index], index, number - 1)
@@ -284,7 +284,7 @@ def _bounds(number: int, size: int, n: int) -> tuple[int, int]:
     return number * size, min((number + 1) * size, n)
 
 
-def _read_shard(context: JobContext, readings: Sequence[Reading], number: int, total: int) -> None:
+def read_shard(context: JobContext, readings: Sequence[Reading], number: int) -> None:
     """Run the model over one shard's contexts and spill the activations of every SAE that lacks them."""
     missing = [r for r in readings if not (r.shard(number).exists() and distributions.path(r.shard(number)).exists())]
     if not missing:
@@ -299,7 +299,7 @@ def _read_shard(context: JobContext, readings: Sequence[Reading], number: int, t
             column.append(found)
         n_read += len(part)
         speed = n_read * size / (time.monotonic() - started)
-        context.report(n_read / len(rows), _progress(context, first, number, total, n_read, speed))
+        context.report(n_read / len(rows), _progress(context, first, n_read, speed))
     for reading, columns, seen in zip(missing, parts, figures, strict=True):
         latents, tokens, values = (np.concatenate(column) for column in zip(*columns, strict=True))
         seen.count(tokens, size, len(rows))
@@ -307,7 +307,7 @@ def _read_shard(context: JobContext, readings: Sequence[Reading], number: int, t
         spill.write(reading.shard(number), latents, tokens, values, reading.coder.d_sae)
 
 
-def _progress(context: JobContext, reading: Reading, number: int, total: int, n_read: int, speed: float) -> str:
+def _progress(context: JobContext, reading: Reading, n_read: int, speed: float) -> str:
     done, working = shares.counts(context, "read")
     n_done = min(done * CONTEXTS_PER_SHARD + n_read, reading.n_contexts)
     together = speed * max(working, 1)
@@ -467,8 +467,10 @@ def _stored_records(
     for part in range(reading.n_parts):
         for line in _part_path(context, number, part).read_text().splitlines():
             row = json.loads(line)
-            evidence = unpack(bytes.fromhex(row.pop("evidence")))
-            yield FeatureRecord(**row, evidence=evidence, effects=_in_order(evidence, measured, number, row["index"]))
+            blob = bytes.fromhex(row.pop("evidence"))
+            evidence = unpack(blob)
+            effects = _in_order(evidence, measured, number, row["index"])
+            yield FeatureRecord(**row, evidence=evidence, effects=effects, blob=blob)
 
 
 def _in_order(
@@ -548,8 +550,7 @@ def assembled(reading: Reading, records: spill.Spill, start: int, end: int) -> I
     correlation, places = _statistics(records, reading)
     unembedding = reading.model.unembedding()
     silence = _Silence(reading, records, places)
-    for low in range(start, end, LATENTS_PER_CHUNK):
-        high = min(low + LATENTS_PER_CHUNK, end)
+    for low, high in records.chunks(start, end, LATENTS_PER_CHUNK):
         chunk = records.records(low, high)
         W_dec = reading.coder.W_dec
         # A hook that is not the residual stream (attn.hook_z) has no direct path of this width to the logits.
