@@ -11,14 +11,11 @@ import importlib.util
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import catalog, jobs
@@ -30,8 +27,6 @@ from app.tables import Job, JobState
 FORMATS = (".jsonl", ".csv", ".parquet")
 RESULT_FILES = ("activations.parquet", "maxima.parquet", "separating.json")
 MAX_FIELD = 2**24
-UPLOAD_SECONDS = 24 * 3600
-"""A cancelled job can be resumed for so long, if it had not begun to read its upload."""
 
 
 @dataclass(frozen=True)
@@ -130,28 +125,6 @@ def queue(session: Session, settings: Settings, spec: BulkSpec) -> Job:
         raise BadFile(f"{path.name} holds no row.")
     title = f"Encode {path.name} with {spec.model}/{spec.source}"
     return jobs.submit(session, settings, "bulk", title, spec.model_dump())
-
-
-def uploads(settings: Settings) -> Path:
-    """Where files that a browser sent wait for their job to copy the texts."""
-    return settings.data_dir / "uploads"
-
-
-def forget_upload(settings: Settings, path: str) -> None:
-    """Delete a job's file if a browser sent it. A file that lies anywhere else is the user's own."""
-    if Path(path).parent == uploads(settings):
-        Path(path).unlink(missing_ok=True)
-
-
-def sweep_uploads(session: Session, settings: Settings, older_than: float = UPLOAD_SECONDS) -> None:
-    """Delete uploads that no job will read: those of jobs that were cancelled before they began."""
-    waiting = (JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
-    specs = session.scalars(select(Job.spec).where(Job.kind == "bulk", Job.state.in_(waiting)))
-    needed = {str(spec["path"]) for spec in specs}
-    for path in uploads(settings).glob("*"):
-        with suppress(FileNotFoundError):  # another request may sweep too
-            if str(path) not in needed and time.time() - path.stat().st_mtime > older_than:
-                path.unlink()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import embeddings, evidence, harvests, maps, weights, wording
-from app.corpora import Report, tokens_dir
+from app.corpora import Report, tokens_dir, usable_name
 from app.errors import BadFile, Conflict, NotFound
 from app.harvests import FeatureRecord
 from app.protocol import ModelCard
@@ -270,8 +270,9 @@ def _ensure_corpus(session: Session, settings: Settings, path: Path, manifest: M
             os.rename(fresh, target)
     corpus = session.scalar(select(Corpus).where(Corpus.hash == entry.hash))
     if corpus is None:
-        taken = session.scalar(select(Corpus).where(Corpus.name == entry.name)) is not None
-        name = f"{entry.name}-{entry.hash[:6]}" if taken else entry.name
+        name = usable_name(entry.name)
+        if session.scalar(select(Corpus).where(Corpus.name == name)) is not None:
+            name = f"{name[:90]}-{entry.hash[:6]}"
         corpus = Corpus(**{**entry.model_dump(), "name": name})
         session.add(corpus)
         session.flush()

@@ -48,7 +48,7 @@ from app.model_kwargs import CENTRED, KEY
 from app.people import Role
 from app.placement import placement
 from app.settings import Settings
-from app.specs import BulkSpec, HarvestSpec, MapSpec, MatchSpec, TrainSpec
+from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec, TrainSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
 
@@ -93,10 +93,10 @@ def main() -> None:
         sys.exit(2)
     except ValidationError as error:
         first = error.errors()[0]
-        name = "_".join(map(str, first["loc"])).upper()
-        _err.print(
-            f"[red]Error:[/] SAE_ATLAS_{name}: {escape(first['msg'])}; it is {escape(str(first['input'])[:60])!r}."
-        )
+        name = "_".join(map(str, first["loc"]))
+        if error.title == Settings.__name__:
+            name = f"SAE_ATLAS_{name.upper()}"
+        _err.print(f"[red]Error:[/] {name}: {escape(first['msg'])}; it is {escape(str(first['input'])[:60])!r}.")
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
@@ -404,32 +404,26 @@ def add_corpus(
     settings = Settings()
     if (path is None) == (not hf):
         raise BadInput("Give a file or directory, or --hf OWNER/NAME: one of the two.")
-    columns = documents.Columns(text, title, source)
-    if path is not None:
-        reading, usual = documents.read(path, columns), documents.plain_name(path.resolve())
-        origin: dict[str, Any] = {"added_from": path.resolve().name}
-    else:
-        wanted = documents.Dataset(hf, config, split).checked()
-        if not (max_documents or max_chars):
-            raise BadInput("A dataset of the hub may be terabytes: give --max-documents or --max-chars.")
-        reading, usual = documents.read_dataset(wanted, columns), hf.rpartition("/")[2]
-        origin = {"hf_dataset": hf, "config": config, "split": split}
-    origin |= {"text_field": text, "max_documents": max_documents, "max_chars": max_chars}
-    limits = documents.Limits(max_documents, max_chars, settings.max_corpus_bytes)
+    asked = CorpusSpec.model_validate(
+        {
+            "name": name,
+            "about": about,
+            "licence": licence,
+            "text_column": text,
+            "title_column": title,
+            "source_column": source,
+            "max_documents": max_documents,
+            "max_chars": max_chars,
+            "path": str(path.resolve()) if path else "",
+            "dataset": hf,
+            "config": config,
+            "split": split,
+        }
+    )
     with _session(settings) as session, _progress() as report:
-        corpus = corpora.add_corpus(
-            session,
-            settings,
-            reading,
-            name or usual,
-            about=about,
-            licence=licence,
-            origin={key: value for key, value in origin.items() if value},
-            limits=limits,
-            report=report,
-        )
+        corpus = corpora.add(session, settings, asked, report)
         line = f"Corpus {corpus.name}: {corpus.n_documents:,} documents, {corpus.n_chars:,} characters."
-        if corpus.name != (name or usual):
+        if corpus.name != (name or (documents.plain_name(path.resolve()) if path else hf.rpartition("/")[2])):
             line = f"The catalog holds this text already. {line}"
     _out.print(escape(line), soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """Corpora in the data directory: documents as they came, and their token streams. Torch-free; knows no tokenizer.
 
-    corpora/{hash}/documents.jsonl.zst                  {"title", "source", "text"} a line
+    corpora/{hash}/documents.jsonl.zst                  {"title", "source", "text"} a line, a zstd frame each few MiB
+    corpora/{hash}/documents.index.json                 {"first", "offsets"}: number and place of each frame's first one
     corpora/{hash}/tokens-{tokenizer_hash}/stream.bin   token ids of all documents, uint16 or uint32, little-endian
                                           /documents.json {"starts", "titles", "sources", "dtype", "n_tokens"}
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +35,34 @@ import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.documents import Columns, Document, Limits, Reading, Report, bounded, numbered_lines, parse_lines
+from app.documents import (
+    Columns,
+    Dataset,
+    Document,
+    Limits,
+    Reading,
+    Report,
+    bounded,
+    numbered_lines,
+    parse_lines,
+    plain_name,
+    read,
+    read_dataset,
+)
 from app.errors import BadFile, BadInput, Conflict, NotFound
 from app.settings import Settings
+from app.specs import CorpusSpec
 from app.tables import Corpus, Harvest, Source
+from app.tokens import Vocabulary, vocabulary
 
 DOCUMENTS = "documents.jsonl.zst"
+INDEX = "documents.index.json"
 VOCABULARY = "vocabulary.json"
 IMPORTED = "imported"
 """The tokenizer of evidence that came without its model: tokens are strings with a vocabulary of their own."""
+_FRAME_BYTES = 2**22
+"""Text of one zstd frame: where reading can begin."""
+_N_TOKENS = re.compile(r'"n_tokens": (\d+)}$')
 _CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 
 
@@ -134,6 +155,53 @@ def tokens_dir(settings: Settings, corpus_hash: str, tokenizer_hash: str) -> Pat
     return settings.corpus_dir(corpus_hash) / f"tokens-{tokenizer_hash}"
 
 
+def add(session: Session, settings: Settings, spec: CorpusSpec, report: Report | None = None) -> Corpus:
+    """Store what a spec asks for. Raises as add_corpus does, BadInput for a spec that is no whole one."""
+    reading, usual, origin = _asked(spec)
+    origin |= {"text_field": spec.text_column, "max_documents": spec.max_documents, "max_chars": spec.max_chars}
+    return add_corpus(
+        session,
+        settings,
+        reading,
+        spec.name or usual,
+        about=spec.about,
+        licence=spec.licence,
+        origin={key: value for key, value in origin.items() if value},
+        limits=Limits(spec.max_documents, spec.max_chars, settings.max_corpus_bytes),
+        report=report,
+    )
+
+
+def check(spec: CorpusSpec) -> None:
+    """Read the first document of what a spec asks for, where that needs no network. Raises as `add` does."""
+    if spec.name:
+        check_name(spec.name)
+    reading, usual, _ = _asked(spec)
+    check_name(spec.name or usual)
+    if spec.path and next(reading.documents, None) is None:
+        raise BadFile("There is no text in it: an empty file, or rows whose text is empty.")
+
+
+def title_of(spec: CorpusSpec) -> str:
+    return f"Store {spec.dataset or 'uploaded text'} as corpus {spec.name}"
+
+
+def _asked(spec: CorpusSpec) -> tuple[Reading, str, dict[str, Any]]:
+    """Return the documents, the usual name and the origin."""
+    if bool(spec.path) == bool(spec.dataset):
+        raise BadInput("Give a file or directory, or a dataset of the hub: one of the two.")
+    columns = Columns(spec.text_column, spec.title_column, spec.source_column)
+    if spec.path:
+        path = Path(spec.path)
+        origin = {"uploaded_as": spec.uploaded_as} if spec.uploaded_as else {"added_from": path.resolve().name}
+        return read(path, columns), plain_name(path.resolve()), origin
+    wanted = Dataset(spec.dataset, spec.config, spec.split).checked()
+    if not (spec.max_documents or spec.max_chars):
+        raise BadInput("A dataset of the hub may be terabytes: limit its documents or characters.")
+    origin = {"hf_dataset": spec.dataset, "config": spec.config, "split": spec.split}
+    return read_dataset(wanted, columns), spec.dataset.rpartition("/")[2], origin
+
+
 def add_corpus(
     session: Session,
     settings: Settings,
@@ -180,6 +248,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def usable_name(text: str) -> str:
+    """Return a name that can be part of addresses, as near as possible to what a bundle or an import says."""
+    plain = re.sub(r"[^A-Za-z0-9._ -]+", "-", text).lstrip("._ -")[:100].strip()
+    return plain or "corpus"
+
+
 def corpora(session: Session) -> list[Corpus]:
     return list(session.scalars(select(Corpus).order_by(Corpus.name)))
 
@@ -192,13 +266,78 @@ def corpus_named(session: Session, name: str) -> Corpus:
     return corpus
 
 
+@dataclass(frozen=True)
+class Use:
+    """A harvest that shows a corpus' tokens."""
+
+    harvest_id: int
+    source: str
+    """`model/source`"""
+    n_tokens: int
+    state: str
+
+
+def uses(session: Session, *corpus_ids: int) -> dict[int, list[Use]]:
+    """The harvests from some corpora, by corpus, in one query."""
+    query = (
+        select(Harvest.corpus_id, Harvest.id, Source.model_id, Source.name, Harvest.n_tokens, Harvest.state)
+        .join(Source, Harvest.source_id == Source.id)
+        .where(Harvest.corpus_id.in_(corpus_ids))
+        .order_by(Source.model_id, Source.layer, Source.name)
+    )
+    found: dict[int, list[Use]] = {number: [] for number in corpus_ids}
+    for corpus_id, number, model_id, name, n_tokens, state in session.execute(query):
+        found[corpus_id].append(Use(number, f"{model_id}/{name}", n_tokens, state))
+    return found
+
+
 def used_by(session: Session, corpus: Corpus) -> list[str]:
     """The sources, as `model/source`, whose evidence shows this corpus's tokens."""
-    query = select(Source.model_id, Source.name).join(Harvest, Harvest.source_id == Source.id)
-    rows = session.execute(
-        query.where(Harvest.corpus_id == corpus.id).distinct().order_by(Source.model_id, Source.name)
-    )
-    return [f"{model_id}/{name}" for model_id, name in rows]
+    return list(dict.fromkeys(use.source for use in uses(session, corpus.id)[corpus.id]))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A corpus as one tokenizer reads it."""
+
+    tokenizer_hash: str
+    n_tokens: int
+    n_bytes: int
+
+
+def tokens_of(settings: Settings, corpus: Corpus) -> list[Tokens]:
+    """What each tokenizer made of a corpus so far."""
+    found = sorted(settings.corpus_dir(corpus.hash).glob("tokens-*/documents.json"))
+    return [
+        Tokens(about.parent.name.removeprefix("tokens-"), _n_tokens(about), _size(about.parent))
+        for about in found
+        if (about.parent / "stream.bin").is_file()
+    ]
+
+
+def readable_tokens(
+    settings: Settings, corpus: Corpus, models: Mapping[str, Sequence[str]]
+) -> tuple[Stream, Vocabulary] | None:
+    """A token stream with its vocabulary, for a corpus without text. `models` are those of each tokenizer's hash."""
+    for tokens in tokens_of(settings, corpus):
+        directory = tokens_dir(settings, corpus.hash, tokens.tokenizer_hash)
+        places = [directory, *(settings.model_dir(name) for name in models.get(tokens.tokenizer_hash, ()))]
+        for place in places:
+            if (place / VOCABULARY).is_file():
+                return Stream.open(directory), vocabulary(place / VOCABULARY)
+    return None
+
+
+def _n_tokens(about: Path) -> int:
+    # It is the last thing the file says, behind every title of the corpus.
+    with about.open("rb") as file:
+        file.seek(max(about.stat().st_size - 64, 0))
+        match = _N_TOKENS.search(file.read().decode("utf-8", "replace"))
+    return int(match[1]) if match else len(Stream.open(about.parent).tokens)
+
+
+def _size(directory: Path) -> int:
+    return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
 
 
 def remove_corpus(session: Session, settings: Settings, name: str) -> Path:
@@ -230,41 +369,83 @@ def has_text(settings: Settings, corpus: Corpus) -> bool:
 
 def n_bytes(settings: Settings, corpus: Corpus) -> int:
     """What it takes on disk, token streams included."""
-    return sum(f.stat().st_size for f in settings.corpus_dir(corpus.hash).rglob("*") if f.is_file())
+    return _size(settings.corpus_dir(corpus.hash))
 
 
-def documents(directory: Path) -> Iterator[Document]:
-    """The documents of a stored corpus, in order. Raises NotFound when a bundle brought only its tokens."""
+def documents(directory: Path, first: int = 0) -> Iterator[Document]:
+    """The documents of a stored corpus from one on, in order. Raises NotFound when a bundle brought only its tokens."""
     file = directory / DOCUMENTS
     if not file.is_file():
         raise NotFound("This corpus came with its tokens only; add its text with `sae-atlas corpus add`.")
     # Stored text is not judged as a bomb again: some repetitive corpora do compress by a thousand.
-    with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        yield from parse_lines(numbered_lines(io.BufferedReader(stream, 2**18), file.name), file.name, Columns())  # type: ignore[arg-type]
+    before, offset = _frame(directory, first)
+    with file.open("rb") as raw:
+        raw.seek(offset)
+        with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
+            lines = numbered_lines(io.BufferedReader(stream, 2**18), file.name)  # type: ignore[arg-type]
+            yield from itertools.islice(parse_lines(lines, file.name, Columns()), first - before, None)
+
+
+def decoded(stream: Stream, words: Vocabulary, first: int = 0) -> Iterator[Document]:
+    """The documents of a token stream from one on; exact where the tokenizer keeps every byte."""
+    ends = [*stream.starts[1:], len(stream.tokens)]
+    for number in range(first, len(stream.starts)):
+        start = stream.starts[number]
+        end = start + stream.lengths[number] if stream.lengths else ends[number] - 1  # a separator follows each
+        ids = np.asarray(stream.tokens[start:end]).tolist()
+        yield Document(stream.titles[number], stream.sources[number], words.text(ids))
+
+
+def can_be_read(settings: Settings, corpus: Corpus, tokenizer_hash: str) -> bool:
+    """Tell whether a model with that tokenizer can read it: there is text, or it was tokenised elsewhere."""
+    return has_text(settings, corpus) or (tokens_dir(settings, corpus.hash, tokenizer_hash) / "stream.bin").is_file()
+
+
+def _frame(directory: Path, number: int) -> tuple[int, int]:
+    """Where to begin to read a document: number of the first one there, and its offset. Old corpora have no index."""
+    try:
+        index = json.loads((directory / INDEX).read_text())
+    except FileNotFoundError:
+        return 0, 0
+    place = max(bisect.bisect_right(index["first"], number) - 1, 0)
+    return index["first"][place], index["offsets"][place]
 
 
 def _store(settings: Settings, reading: Reading, limits: Limits, report: Report) -> tuple[str, int, int]:
     root = settings.data_dir / "corpora"
     root.mkdir(parents=True, exist_ok=True)
-    digest, n_documents, n_chars = hashlib.sha256(), 0, 0
     with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as scratch:
-        with (
-            (Path(scratch) / DOCUMENTS).open("wb") as raw,
-            zstandard.ZstdCompressor(level=6).stream_writer(raw) as out,
-        ):
-            for document in bounded(reading.documents, limits):
-                line = json.dumps(document.__dict__, ensure_ascii=False).encode() + b"\n"
-                digest.update(line)
-                out.write(line)
-                n_documents += 1
-                n_chars += len(document.text)
-                if n_documents % 64 == 1:
-                    report(reading.share(), f"{n_documents:,} documents, {n_chars:,} characters")
+        corpus_hash, n_documents, n_chars = _write_documents(Path(scratch), reading, limits, report)
         if n_chars == 0:
             raise BadFile("There is no text in it: an empty file, or rows whose text is empty.")
-        corpus_hash = digest.hexdigest()[:16]
         target = settings.corpus_dir(corpus_hash)
         if not (target / DOCUMENTS).exists():
             target.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(scratch) / DOCUMENTS, target / DOCUMENTS)
+            for name in (INDEX, DOCUMENTS):
+                os.replace(Path(scratch) / name, target / name)
     return corpus_hash, n_documents, n_chars
+
+
+def _write_documents(directory: Path, reading: Reading, limits: Limits, report: Report) -> tuple[str, int, int]:
+    digest, n_documents, n_chars, n_bytes = hashlib.sha256(), 0, 0, 0
+    first, offsets = [0], [0]
+    with (
+        (directory / DOCUMENTS).open("wb") as raw,
+        zstandard.ZstdCompressor(level=6).stream_writer(raw) as out,
+    ):
+        for document in bounded(reading.documents, limits):
+            if n_bytes >= _FRAME_BYTES:
+                out.flush(zstandard.FLUSH_FRAME)
+                first.append(n_documents)
+                offsets.append(raw.tell())
+                n_bytes = 0
+            line = json.dumps(document.__dict__, ensure_ascii=False).encode() + b"\n"
+            digest.update(line)
+            out.write(line)
+            n_bytes += len(line)
+            n_documents += 1
+            n_chars += len(document.text)
+            if n_documents % 64 == 1:
+                report(reading.share(), f"{n_documents:,} documents, {n_chars:,} characters")
+    (directory / INDEX).write_text(json.dumps({"first": first, "offsets": offsets}))
+    return digest.hexdigest()[:16], n_documents, n_chars

@@ -30,6 +30,7 @@ from app.web import (
     account,
     bulk,
     compare,
+    corpora,
     docs,
     embed,
     feature,
@@ -48,6 +49,7 @@ from app.web import (
 )
 from app.web.access import Rates
 from app.web.guard import Guard, LargerBodies
+from app.web.multipart import SLACK_BYTES
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
 
@@ -85,9 +87,9 @@ def create_app(settings: Settings) -> FastAPI:
     register(app)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     # Counts bodies that come in chunks; Guard has refused those that say their length.
-    # The upload of an SAE counts for itself and has a sentence for it; LargerBodies is only a stop behind that.
-    larger = {upload.PATH: settings.max_sae_bytes + upload.SLACK_BYTES}
-    app.add_middleware(LargerBodies, larger={upload.PATH: 2 * larger[upload.PATH]})
+    # Uploads count for themselves and have a sentence for it; LargerBodies is only a stop behind that.
+    larger = {upload.PATH: settings.max_sae_bytes + SLACK_BYTES, corpora.PATH: settings.max_corpus_bytes + SLACK_BYTES}
+    app.add_middleware(LargerBodies, larger={path: 2 * most for path, most in larger.items()})
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.mount("/static", VersionedStatic(version), name="static")
@@ -100,6 +102,7 @@ def create_app(settings: Settings) -> FastAPI:
         people,
         bulk,
         compare,
+        corpora,
         docs,
         job,
         search,

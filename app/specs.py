@@ -55,6 +55,28 @@ class HarvestSpec(Spec):
         return self
 
 
+class CorpusSpec(Spec):
+    """Store text as a corpus: a file or directory, or a dataset of the Hugging Face hub, streamed."""
+
+    name: str = Field("", max_length=100, description="Its name in the catalog; the file's or dataset's otherwise.")
+    about: str = Field("", max_length=2_000, description="Where it comes from.")
+    licence: str = Field("", max_length=200, description="Licence of the text.")
+    text_column: str = Field("text", min_length=1, max_length=200, description="Field or column that holds the text.")
+    title_column: str = Field(
+        "", max_length=200, description="Field of a title that examples show; `title` where there is one."
+    )
+    source_column: str = Field(
+        "", max_length=200, description="Field that says where a document is from; `source` where there is one."
+    )
+    max_documents: int = Field(0, ge=0, lt=2**63, description="Stop after so many documents; 0 reads all.")
+    max_chars: int = Field(0, ge=0, lt=2**63, description="Stop after so many characters; 0 reads all.")
+    path: str = Field("", description="File or directory of text, JSONL or parquet on the trainer's machine.")
+    uploaded_as: str = Field("", max_length=1_000, description="What an upload's files were called.")
+    dataset: str = Field("", max_length=200, description="Dataset of the Hugging Face hub instead, as owner/name.")
+    config: str = Field("", max_length=100, description="Configuration of that dataset.")
+    split: str = Field("train", max_length=100, description="Split of that dataset.")
+
+
 class MapSpec(Spec):
     """Draw the decoder directions of an SAE on a plane, near ones close together, and name the clusters."""
 

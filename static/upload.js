@@ -1,6 +1,5 @@
-// The page that adds an SAE: files by choice or drop, progress while they go up, the server's sentence if it refuses.
+// Forms that send files: by choice or drop, progress while they go up, the server's sentence if it refuses.
 
-const wanted = (file) => /\.(json|safetensors|npz|pt|pth|pkl|bin|ckpt)$/.test(file.name);
 const mib = (bytes) => (bytes < 2 ** 19 ? `${Math.ceil(bytes / 1024)} KiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`);
 
 export function mount() {
@@ -8,12 +7,13 @@ export function mount() {
   if (form.dataset.mounted) return;
   form.dataset.mounted = "yes";
   const part = (name) => document.querySelector(`[data-${name}]`);
+  const { wanted, nothing, working, limitName } = form.dataset;
   let files = [];
 
   function choose(list) {
-    files = [...list].filter(wanted);
-    const names = files.map((file) => `${file.name} (${mib(file.size)})`).join(", ");
-    part("chosen").textContent = names || "No SAE's files among these; cfg.json and sae_weights.safetensors would be.";
+    files = [...list].filter((file) => new RegExp(wanted).test(file.name));
+    const names = files.slice(0, 12).map((file) => `${file.name} (${mib(file.size)})`).join(", ");
+    part("chosen").textContent = files.length > 12 ? `${names} and ${files.length - 12} more` : names || nothing;
   }
 
   form.addEventListener("change", (event) => {
@@ -42,15 +42,14 @@ export function mount() {
     part("problem").replaceChildren();
     const size = files.reduce((sum, file) => sum + file.size, 0);
     const limit = Number(form.dataset.limit);
-    if (!files.length) return say("Choose the SAE's files first.");
-    if (size > limit) return say(`These files take ${mib(size)}; SAE_ATLAS_MAX_SAE_BYTES allows ${mib(limit)}.`);
+    if (!files.length) return say("Choose its files first.");
+    if (size > limit) return say(`These files take ${mib(size)}; ${limitName} allows ${mib(limit)}.`);
     send(size);
   });
 
   function send(size) {
-    const body = new FormData();
-    body.append("model", form.elements.model.value);
-    for (const name of ["set_name", "hook", "folder"]) body.append(name, form.elements[name].value);
+    const body = new FormData(form);
+    body.delete("files");
     // Some formats say where they read in the names of their folders alone.
     files.forEach((file) => body.append("files", file, file.path ?? (file.webkitRelativePath || file.name)));
     const request = new XMLHttpRequest();
@@ -62,7 +61,7 @@ export function mount() {
       bar.hidden = false;
       bar.value = (100 * event.loaded) / event.total;
       part("status").textContent =
-        event.loaded < event.total ? `${mib(event.loaded)} of ${mib(event.total)}` : "Checking every number in it…";
+        event.loaded < event.total ? `${mib(event.loaded)} of ${mib(event.total)}` : working;
     });
     request.addEventListener("load", () => {
       if (request.status === 200 && request.response?.url) return location.assign(request.response.url);

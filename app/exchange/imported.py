@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from app import embeddings, harvests, wording
 from app.catalog import NO_WEIGHTS
-from app.corpora import IMPORTED, VOCABULARY
+from app.corpora import IMPORTED, VOCABULARY, usable_name
 from app.documents import Report
 from app.errors import BadFile, Conflict, TooLarge
 from app.exchange.rows import MAX_EXAMPLES, ActivationRow, ExplanationRow, FeatureRow, Sparse, evidence_of, sparse
@@ -341,7 +341,7 @@ def _corpus(session: Session, place: Place, corpus_hash: str, rows: Intake) -> C
     if corpus is None:
         name = f"{place.model_id} {place.source} examples {corpus_hash[:6]}"
         corpus = Corpus(
-            name=name[-100:],
+            name=usable_name(name[-100:]),
             hash=corpus_hash,
             n_documents=rows.n_contexts,
             n_chars=0,

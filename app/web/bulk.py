@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from app import bulk, catalog
+from app import bulk, catalog, uploads
 from app.bulk import Separating
 from app.catalog import FeatureRow, ModelEntry, parse_index
 from app.errors import AtlasError, BadFile, BadInput, NotFound
@@ -118,10 +117,8 @@ def _fact(value: object) -> str:
 
 def _queue(session: Session, settings: Settings, entry: ModelEntry, values: dict[str, str], file: UploadFile) -> int:
     name = _NAME.sub("_", Path(file.filename or "").name)[-80:]
-    directory = bulk.uploads(settings)
-    directory.mkdir(parents=True, exist_ok=True)
-    bulk.sweep_uploads(session, settings)
-    path = directory / f"{secrets.token_hex(6)}-{name}"
+    uploads.sweep(session, settings)
+    path = uploads.fresh(settings, name)
     asked = {name: values[name] for name in ("source", "text_column", "label_column", "output") if values.get(name)}
     try:
         with path.open("wb") as out:

@@ -25,6 +25,7 @@ _PAGES = (
     ("/search", "Search"),
     ("/random", "Random feature"),
     ("/jobs", "Jobs"),
+    ("/corpora", "Corpora"),
     ("/upload", "Add an SAE"),
     ("/docs", "JSON API"),
 )

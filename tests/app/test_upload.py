@@ -22,7 +22,7 @@ from app import db, harvests
 from app.main import create_app
 from app.settings import Settings
 from app.tables import Evidence, Explanation, Feature, Harvest, Job, Source
-from app.web import upload
+from app.web import multipart
 from app.weights import CONFIG, WEIGHTS
 from tests.app.conftest import listening
 from tests.app.test_weights import config, encode, tensors
@@ -183,7 +183,7 @@ def test_an_upload_over_the_limit_is_refused_in_its_middle(filled: Catalog, sett
 
 
 def test_an_upload_that_says_it_is_too_large_is_refused_at_once(client: TestClient, settings: Settings) -> None:
-    declared = str(settings.max_sae_bytes + upload.SLACK_BYTES + 1)
+    declared = str(settings.max_sae_bytes + multipart.SLACK_BYTES + 1)
     answer = client.post("/upload", content=b"x", headers=JSON | {"content-length": declared})
     assert answer.status_code == 413
 

@@ -15,7 +15,7 @@ import torch
 from sae_lens import SAE
 from scipy.stats import mannwhitneyu
 
-from app import bulk, db
+from app import bulk, db, uploads
 from app.errors import BadFile, BadInput, TooLarge
 from app.settings import Settings
 from app.specs import BulkSpec
@@ -200,9 +200,9 @@ def test_files_that_cannot_be_used_are_refused_in_words(
 def test_an_upload_goes_once_its_texts_are_copied_and_a_users_own_file_stays(
     settings: Settings, tmp_path: Path
 ) -> None:
-    bulk.uploads(settings).mkdir()
+    uploads.home(settings).mkdir()
     sent, own = (
-        write(bulk.uploads(settings) / "sent.jsonl", TEXTS, LABELS),
+        write(uploads.home(settings) / "sent.jsonl", TEXTS, LABELS),
         write(tmp_path / "own.jsonl", TEXTS, LABELS),
     )
     job = context(settings, path=str(sent))
@@ -214,7 +214,7 @@ def test_an_upload_goes_once_its_texts_are_copied_and_a_users_own_file_stays(
     assert Bulk().finish(job)["texts"] == len(TEXTS)
     done(context(settings, 2, path=str(own)))
     assert own.exists()
-    bad = bulk.uploads(settings) / "bad.jsonl"
+    bad = uploads.home(settings) / "bad.jsonl"
     bad.write_text("{")
     with pytest.raises(BadFile, match="Line 1"):
         Bulk().plan(context(settings, 3, path=str(bad)))
@@ -222,13 +222,13 @@ def test_an_upload_goes_once_its_texts_are_copied_and_a_users_own_file_stays(
 
 
 def test_uploads_that_no_job_will_read_are_swept(settings: Settings) -> None:
-    bulk.uploads(settings).mkdir()
-    waits, orphan = (write(bulk.uploads(settings) / name, TEXTS, LABELS) for name in ("waits.jsonl", "orphan.jsonl"))
+    uploads.home(settings).mkdir()
+    waits, orphan = (write(uploads.home(settings) / name, TEXTS, LABELS) for name in ("waits.jsonl", "orphan.jsonl"))
     job = context(settings, path=str(waits))
     with job.sessions() as session:
-        bulk.sweep_uploads(session, settings)
+        uploads.sweep(session, settings)
         assert orphan.exists(), "its job may be on its way"
-        bulk.sweep_uploads(session, settings, older_than=-1)
+        uploads.sweep(session, settings, older_than=-1)
     assert waits.exists()
     assert not orphan.exists()
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from scipy.stats import rankdata
 
-from app import bulk, harvests
+from app import bulk, harvests, uploads
 from app.bulk import Row, Separating
 from app.errors import AtlasError, BadFile, BadInput, TooLarge
 from app.specs import BulkSpec
@@ -52,7 +52,7 @@ class Bulk(JobKind):
         try:
             return self._plan(context, spec)
         except AtlasError:
-            bulk.forget_upload(context.settings, spec.path)  # it would be refused again
+            uploads.forget(context.settings, spec.path)  # it would be refused again
             raise
 
     def _plan(self, context: JobContext, spec: BulkSpec) -> list[str]:
@@ -81,7 +81,7 @@ class Bulk(JobKind):
         spec = BulkSpec(**context.spec)
         verb, _, place = step.partition(" ")
         # The plan is recorded once a step runs: its copy of the texts is all that is read from now on.
-        bulk.forget_upload(context.settings, spec.path)
+        uploads.forget(context.settings, spec.path)
         if verb == "encode":
             number, total = (int(n) for n in place.split("/"))
             _encode_part(context, spec, number - 1, total)

@@ -142,6 +142,7 @@ class JobKind(ABC):
 
 _REGISTRY = {
     "bulk": "workers.trainer.bulk:Bulk",
+    "corpus": "workers.trainer.add_corpus:AddCorpus",
     "embed": "workers.trainer.embed:Embed",
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
