@@ -36,7 +36,7 @@ SMALL_BYTES = 2**24
 _SMALL_PACKED_BYTES = 2**21
 DOCUMENTS_PER_PAGE = 50
 CHARS_PER_PAGE = 100_000
-_START_CHARS = 220
+_START_CHARS = 120
 _MAX_FILES = 1_000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +=,()-]{0,150}")
 _SHARED = ("name", "licence", "about", "text_column", "title_column", "source_column", "max_documents", "max_chars")
