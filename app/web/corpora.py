@@ -23,6 +23,7 @@ from app.settings import Settings
 from app.specs import CorpusSpec
 from app.tables import Corpus
 from app.web import forms
+from app.web.access import EDITOR, VIEWER
 from app.web.forms import Field
 from app.web.multipart import Form, closing, full_in_words, wants_json
 from app.web.pages import Config, Db, render
@@ -126,12 +127,12 @@ class DocumentPage:
         return f"{self.row.path}/{self.number}"
 
 
-@router.get(PATH)
+@router.get(PATH, dependencies=[VIEWER])
 def corpora_page(request: Request, session: Db, settings: Config) -> Response:
     return render(request, "corpora.html", _page(session, settings, {}))
 
 
-@router.post(PATH)
+@router.post(PATH, dependencies=[EDITOR])
 async def add(request: Request, session: Db, settings: Config) -> Response:
     """Store what was sent, or queue that, and lead there; scripts that ask for JSON get the address."""
     values: dict[str, str] = {}
@@ -238,14 +239,14 @@ def _is_small(directory: Path) -> bool:
     return total <= SMALL_BYTES and sum(f.stat().st_size for f in packed) <= _SMALL_PACKED_BYTES
 
 
-@router.get(PATH + "/{name}")
+@router.get(PATH + "/{name}", dependencies=[VIEWER])
 def corpus_page(
     request: Request, name: str, session: Db, settings: Config, page: Annotated[int, Query(ge=1, le=10**9)] = 1
 ) -> Response:
     return render(request, "corpus.html", _corpus(session, settings, _named(session, name), page))
 
 
-@router.post(PATH + "/{name}/remove")
+@router.post(PATH + "/{name}/remove", dependencies=[EDITOR])
 def remove(request: Request, name: str, session: Db, settings: Config) -> Response:
     """Delete a corpus that no evidence shows; one that some does stays, and its page says whose."""
     corpus = _named(session, name)
@@ -258,7 +259,7 @@ def remove(request: Request, name: str, session: Db, settings: Config) -> Respon
     return RedirectResponse(PATH, 303)
 
 
-@router.get(PATH + "/{name}/{number}")
+@router.get(PATH + "/{name}/{number}", dependencies=[VIEWER])
 def document_page(
     request: Request,
     name: str,
@@ -286,7 +287,7 @@ def document_page(
     return render(request, "document.html", shown)
 
 
-@router.get(PATH + "/{name}/{number}/text")
+@router.get(PATH + "/{name}/{number}/text", dependencies=[VIEWER])
 def document_text(name: str, number: str, session: Db, settings: Config) -> Response:
     """A document as it is stored, as a download."""
     _, n, document = _document(session, settings, name, number)
