@@ -6,6 +6,7 @@ Each function returns frozen data ready to format. Feature pages cost two querie
 from __future__ import annotations
 
 import difflib
+import json
 import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,12 +16,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     Float,
     Integer,
     String,
     UnaryExpression,
-    bindparam,
+    any_,
     func,
     literal,
     or_,
@@ -307,9 +309,11 @@ class Filter:
     max_act: float | None = None
     """Bounds of a feature's maximum activation."""
     features: str = ""
-    """Only these, as `3,7-12`; what a selection on the map becomes."""
+    """Only these, as `3,7-12`."""
     cluster: int | None = None
     """Only those of this cluster of the map."""
+    around: str = ""
+    """Only those inside a line drawn on the map (maps.parse_line)."""
 
 
 @dataclass(frozen=True)
@@ -774,9 +778,11 @@ def _conditions(session: Session, source: SourceCard, wanted: Filter) -> list[Co
     if wanted.labelled:
         where.append(Feature.label != "" if wanted.labelled == "yes" else Feature.label == "")
     if wanted.features:
-        where.append(_among(parse_ranges(wanted.features)))
+        where.append(_among(session, parse_ranges(wanted.features)))
     if wanted.cluster is not None:
-        where.append(_one_of(maps.members(session, source.id, wanted.cluster)))
+        where.append(_one_of(session, maps.members(session, source.id, wanted.cluster)))
+    if wanted.around:
+        where.append(_one_of(session, maps.around(session, source.id, wanted.around)))
     kinds: dict[Kind, ColumnElement[bool]] = {
         "live": Feature.max_act > 0,
         "labelled": Feature.label != "",
@@ -809,16 +815,18 @@ def _worded(session: Session, source: SourceCard, kind: WordKind, text: str) -> 
     return _holds(wording.SEPARATOR + func.lower(shown) + wording.SEPARATOR, text)
 
 
-def _among(wanted: list[tuple[int, int]]) -> ColumnElement[bool]:
+def _among(session: Session, wanted: list[tuple[int, int]]) -> ColumnElement[bool]:
     # Short ranges as numbers: SQLite's expressions may not be a thousand conditions deep.
     single = [index for first, last in wanted if last - first < _SHORT for index in range(first, last + 1)]
     wide = [Feature.index.between(first, last) for first, last in wanted if last - first >= _SHORT]
-    return or_(_one_of(single), *wide)
+    return or_(_one_of(session, single), *wide)
 
 
-def _one_of(indices: list[int]) -> ColumnElement[bool]:
-    # Written into the statement: a database takes no more than some ten thousand parameters.
-    return Feature.index.in_(bindparam(None, indices, expanding=True, literal_execute=True))
+def _one_of(session: Session, indices: list[int]) -> ColumnElement[bool]:
+    """Return a condition on any number of indices, as one parameter: statements hold no more than some ten thousand."""
+    if session.get_bind().dialect.name == "sqlite":
+        return Feature.index.in_(select(func.json_each(json.dumps(indices)).table_valued("value").c.value))
+    return Feature.index == any_(literal(indices, ARRAY(Integer)))
 
 
 def _sample(session: Session, source: SourceCard, n: int, *, labelled: bool = True) -> list[FeatureRow]:

@@ -4,7 +4,9 @@ const VERTEX = `attribute vec2 place; attribute vec4 color; uniform vec4 view; u
 void main() { gl_Position = vec4(place * view.xy + view.zw, 0.0, 1.0); gl_PointSize = size * (color.a > 0.95 ? 1.6 : 1.0); shade = color; }`;
 const FRAGMENT = `precision mediump float; varying vec4 shade;
 void main() { float r = length(gl_PointCoord - 0.5); if (r > 0.5) discard; gl_FragColor = vec4(shade.rgb * shade.a, shade.a); }`;
-const NONE = 65535;
+const FULL = 65535;
+// A line has no more corners than this, which keeps its address short.
+const CORNERS = 160;
 
 export async function mount() {
   for (const box of document.querySelectorAll("[data-map]:not([data-drawn])")) {
@@ -15,68 +17,90 @@ export async function mount() {
 
 async function draw(box) {
   const [named, places] = [...box.querySelectorAll("script")].map((script) => JSON.parse(script.textContent));
-  const names = named.map((name) => name.replaceAll("`", ""));
+  const names = named.map((name) => name.replaceAll("`", "")).map((name) => (name.length > 34 ? `${name.slice(0, 33)}…` : name));
+  const largestFirst = places.map((_, i) => i).sort((a, b) => places[b][2] - places[a][2]);
   const points = decode(await (await fetch(box.dataset.points)).arrayBuffer());
-  const canvas = box.appendChild(document.createElement("canvas"));
-  const over = box.appendChild(document.createElement("canvas"));
-  canvas.setAttribute("aria-hidden", "true");
-  over.setAttribute("aria-hidden", "true");
+  // Three layers, each drawn again only when what it shows has changed: a moving pointer redraws one ring, not all points.
+  const [canvas, naming, marking] = ["points", "names", "marks"].map((name) => {
+    const layer = box.appendChild(document.createElement("canvas"));
+    layer.dataset.layer = name;
+    layer.setAttribute("aria-hidden", "true");
+    return layer;
+  });
   const paint = painter(canvas, points);
-  const state = { scale: 1, x: 0, y: 0, color: box.dataset.color, found: new Set(), chosen: new Set(), lasso: null, hover: -1 };
-  let waiting = false;
+  const state = { scale: 1, x: 0, y: 0, color: box.dataset.color, found: new Set(), chosen: new Set(), line: "", lasso: null, hover: -1 };
+  const stale = new Set();
   // Few points are drawn larger, so that a small SAE's map is not a dust of pixels.
   const base = Math.max(2.2, Math.min(6, 320 / Math.sqrt(points.n)));
+  let [width, height] = [box.clientWidth, box.clientHeight];
+  let widths = [];
 
-  function refresh() {
-    if (waiting) return;
-    waiting = true;
-    requestAnimationFrame(() => {
-      waiting = false;
-      const ratio = devicePixelRatio || 1;
-      for (const c of [canvas, over]) {
-        const [w, h] = [Math.round(box.clientWidth * ratio), Math.round(box.clientHeight * ratio)];
-        if (c.width !== w || c.height !== h) [c.width, c.height] = [w, h];
+  function refresh(...layers) {
+    if (!stale.size) requestAnimationFrame(redraw);
+    for (const layer of layers.length ? layers : ["points", "names", "marks"]) stale.add(layer);
+  }
+
+  function redraw() {
+    const ratio = devicePixelRatio || 1;
+    [width, height] = [box.clientWidth, box.clientHeight];
+    for (const c of [canvas, naming, marking]) {
+      const [w, h] = [Math.round(width * ratio), Math.round(height * ratio)];
+      if (c.width !== w || c.height !== h) {
+        [c.width, c.height] = [w, h];
+        stale.add("points").add("names").add("marks");
       }
-      paint(view(), Math.min(11, base * Math.sqrt(state.scale)) * ratio);
-      overlay(over.getContext("2d"), ratio);
-    });
+    }
+    if (stale.has("points")) paint(view(), Math.min(11, base * Math.sqrt(state.scale)) * ratio);
+    if (stale.has("names")) writeNames(fresh(naming, ratio));
+    if (stale.has("marks")) mark(fresh(marking, ratio));
+    stale.clear();
+  }
+
+  function fresh(layer, ratio) {
+    const pen = layer.getContext("2d");
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    return pen;
   }
 
   // The map's -1..1 fills the shorter side.
-  function unit() {
-    const side = Math.min(box.clientWidth, box.clientHeight) * 0.48;
-    return side * state.scale;
-  }
+  const unit = () => Math.min(width, height) * 0.48 * state.scale;
   function view() {
-    return [(2 * unit()) / box.clientWidth, (2 * unit()) / box.clientHeight, (2 * state.x) / box.clientWidth, (-2 * state.y) / box.clientHeight];
+    return [(2 * unit()) / width, (2 * unit()) / height, (2 * state.x) / width, (-2 * state.y) / height];
   }
   function toScreen(x, y) {
-    return [box.clientWidth / 2 + state.x + x * unit(), box.clientHeight / 2 + state.y - y * unit()];
+    return [width / 2 + state.x + x * unit(), height / 2 + state.y - y * unit()];
+  }
+  function toMap([px, py]) {
+    return [(px - width / 2 - state.x) / unit(), (height / 2 + state.y - py) / unit()].map((c) => Math.round(((Math.max(-1, Math.min(1, c)) + 1) / 2) * FULL));
   }
 
   function recolor() {
-    const style = getComputedStyle(box);
-    const heat = style.getPropertyValue("--heat").trim().split(/\s+/).map(Number);
+    const heat = getComputedStyle(box).getPropertyValue("--heat").trim().split(/\s+/).map(Number);
     const dark = matchMedia("(prefers-color-scheme: dark)").matches || document.documentElement.dataset.theme === "dark";
     const muted = dark ? [110, 112, 118] : [165, 160, 150];
+    const byDensity = state.color === "density";
+    const which = byDensity ? points.density : points.cluster;
+    const shades = byDensity
+      ? Array.from({ length: 256 }, (_, level) => heat.map((c, k) => muted[k] + (c - muted[k]) * (level / 255) ** 2))
+      : places.map((_, number) => hue(number, dark));
     const searching = state.found.size || state.chosen.size;
+    const alpha = 255 * (searching ? 0.12 : 0.72);
+    const { color } = points;
     for (let i = 0; i < points.n; i++) {
-      let rgb;
-      if (state.color === "density") {
-        const t = points.density[i] / 255;
-        rgb = heat.map((c, k) => muted[k] + (c - muted[k]) * t * t);
-      } else rgb = points.cluster[i] === NONE ? muted : hue(points.cluster[i], dark);
-      const marked = state.found.has(i) || state.chosen.has(i);
-      const alpha = searching ? (marked ? 1 : 0.12) : 0.72;
-      points.color.set(marked ? [...heat, 255] : [rgb[0], rgb[1], rgb[2], alpha * 255], i * 4);
+      const rgb = shades[which[i]] ?? muted;
+      color[4 * i] = rgb[0];
+      color[4 * i + 1] = rgb[1];
+      color[4 * i + 2] = rgb[2];
+      color[4 * i + 3] = alpha;
     }
+    for (const i of [...state.found, ...state.chosen]) color.set([...heat, 255], 4 * i);
     points.stale = true;
+    widths = [];
     refresh();
   }
 
-  function overlay(pen, ratio) {
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, box.clientWidth, box.clientHeight);
+  function writeNames(pen) {
     const style = getComputedStyle(box);
     pen.font = `600 12px ${style.fontFamily}`;
     pen.textAlign = "center";
@@ -84,23 +108,25 @@ async function draw(box) {
     pen.strokeStyle = style.getPropertyValue("--raised");
     pen.fillStyle = style.getPropertyValue("--ink");
     const written = [];
-    const order = places.map((_, i) => i).sort((a, b) => places[b][2] - places[a][2]);
-    for (const i of order) {
+    for (const i of largestFirst) {
       const [x, y] = toScreen(places[i][0], places[i][1]);
-      const name = names[i].length > 34 ? `${names[i].slice(0, 33)}…` : names[i];
-      const half = pen.measureText(name).width / 2 + 4;
+      if (y < 12 || y > height - 6 || x < 0 || x > width) continue;
+      const half = (widths[i] ??= pen.measureText(names[i]).width / 2 + 4);
       const clash = written.some(([a, b, h]) => Math.abs(a - x) < h + half && Math.abs(b - y) < 16);
-      if (clash || x < half || x > box.clientWidth - half || y < 12 || y > box.clientHeight - 6) continue;
+      if (clash || x < half || x > width - half) continue;
       written.push([x, y, half]);
-      pen.strokeText(name, x, y);
-      pen.fillText(name, x, y);
+      pen.strokeText(names[i], x, y);
+      pen.fillText(names[i], x, y);
     }
+  }
+
+  function mark(pen) {
+    const style = getComputedStyle(box);
     if (state.hover >= 0) {
-      const [x, y] = toScreen(points.x[state.hover], points.y[state.hover]);
       pen.lineWidth = 2;
       pen.strokeStyle = style.getPropertyValue("--ink");
       pen.beginPath();
-      pen.arc(x, y, 7, 0, 7);
+      pen.arc(...toScreen(points.x[state.hover], points.y[state.hover]), 7, 0, 7);
       pen.stroke();
     }
     if (state.lasso) {
@@ -109,6 +135,7 @@ async function draw(box) {
       pen.strokeStyle = style.getPropertyValue("--accent");
       pen.beginPath();
       state.lasso.forEach(([x, y], i) => (i ? pen.lineTo(x, y) : pen.moveTo(x, y)));
+      if (!drag) pen.closePath();
       pen.stroke();
       pen.setLineDash([]);
     }
@@ -116,12 +143,12 @@ async function draw(box) {
 
   function nearest(px, py) {
     let best = -1;
-    let least = 14 * 14;
     const u = unit();
-    const [cx, cy] = [box.clientWidth / 2 + state.x, box.clientHeight / 2 + state.y];
+    // In the map's own measure, so that the loop over all points does nothing but subtract and compare.
+    const [x, y] = [(px - width / 2 - state.x) / u, (height / 2 + state.y - py) / u];
+    let least = (14 / u) ** 2;
     for (let i = 0; i < points.n; i++) {
-      const dx = cx + points.x[i] * u - px;
-      const dy = cy - points.y[i] * u - py;
+      const [dx, dy] = [points.x[i] - x, points.y[i] - y];
       const d = dx * dx + dy * dy;
       if (d < least) [least, best] = [d, i];
     }
@@ -134,7 +161,7 @@ async function draw(box) {
   async function look(i) {
     if (i === state.hover) return;
     state.hover = i;
-    refresh();
+    refresh("marks");
     clearTimeout(asked);
     if (i < 0) {
       card.hidden = true;
@@ -146,18 +173,24 @@ async function draw(box) {
       card.innerHTML = cards.get(i);
       card.hidden = false;
       const [x, y] = toScreen(points.x[i], points.y[i]);
-      card.style.left = `${Math.max(4, Math.min(x + 12, box.clientWidth - card.offsetWidth - 4))}px`;
-      card.style.top = `${y + 14 + card.offsetHeight > box.clientHeight ? Math.max(4, y - card.offsetHeight - 12) : y + 14}px`;
+      card.style.left = `${Math.max(4, Math.min(x + 12, width - card.offsetWidth - 4))}px`;
+      card.style.top = `${y + 14 + card.offsetHeight > height ? Math.max(4, y - card.offsetHeight - 12) : y + 14}px`;
     }, 60);
   }
 
-  function zoom(by, px = box.clientWidth / 2, py = box.clientHeight / 2) {
+  function zoom(by, px = width / 2, py = height / 2) {
     const scale = Math.min(80, Math.max(0.5, state.scale * by));
     const real = scale / state.scale;
-    const [cx, cy] = [px - box.clientWidth / 2, py - box.clientHeight / 2];
+    const [cx, cy] = [px - width / 2, py - height / 2];
     state.x = cx - (cx - state.x) * real;
     state.y = cy - (cy - state.y) * real;
     state.scale = scale;
+    moved();
+  }
+
+  // A drawn line belongs to the map: it goes along when that is moved.
+  function moved() {
+    if (state.line) state.lasso = outline(state.line).map(([x, y]) => toScreen((x / FULL) * 2 - 1, (y / FULL) * 2 - 1));
     refresh();
   }
 
@@ -169,31 +202,35 @@ async function draw(box) {
   box.addEventListener("pointerdown", (event) => {
     if (event.button || event.target.closest("a")) return;
     const lasso = event.shiftKey || box.dataset.mode === "lasso";
-    drag = { from: at(event), last: at(event), moved: 0, lasso };
-    if (lasso) state.lasso = [drag.from];
+    drag = { last: at(event), moved: 0, lasso };
+    if (lasso) state.lasso = [drag.last];
     box.setPointerCapture(event.pointerId);
   });
   box.addEventListener("pointermove", (event) => {
     const here = at(event);
     if (!drag) return look(nearest(...here));
-    drag.moved += Math.abs(here[0] - drag.last[0]) + Math.abs(here[1] - drag.last[1]);
-    if (drag.lasso) state.lasso.push(here);
-    else {
+    const step = Math.abs(here[0] - drag.last[0]) + Math.abs(here[1] - drag.last[1]);
+    drag.moved += step;
+    if (drag.lasso) {
+      if (step < 3) return;
+      state.lasso.push(here);
+      refresh("marks");
+    } else {
       state.x += here[0] - drag.last[0];
       state.y += here[1] - drag.last[1];
+      moved();
     }
     drag.last = here;
-    refresh();
   });
   box.addEventListener("pointerup", (event) => {
     const ended = drag;
     drag = null;
     if (!ended) return;
     if (ended.lasso) {
-      choose(state.lasso);
-      state.lasso = null;
       box.dataset.mode = "";
       tools.querySelector("[data-lasso]").setAttribute("aria-pressed", "false");
+      choose(state.lasso.length > 2 ? thinned(state.lasso).flatMap(toMap).join("-") : "");
+      remember();
     } else if (ended.moved < 5) {
       const i = nearest(...at(event));
       if (i < 0) return;
@@ -202,7 +239,7 @@ async function draw(box) {
       else if (event.ctrlKey || event.metaKey) open(`${box.dataset.source}/${i}`);
       else location.assign(`${box.dataset.source}/${i}`);
     }
-    refresh();
+    refresh("marks");
   });
   box.addEventListener("pointerleave", () => !drag && look(-1));
   box.addEventListener(
@@ -215,31 +252,36 @@ async function draw(box) {
   );
 
   const list = document.querySelector("[data-chosen]");
+  // A line is kept as the address has it: whole numbers on the grid that the points lie on, so that the server, which
+  // lists what is inside, counts what is counted here.
   function choose(line) {
-    state.chosen = new Set();
-    for (let i = 0; i < points.n; i++) if (inside(line, ...toScreen(points.x[i], points.y[i]))) state.chosen.add(i);
+    state.line = line;
+    const around = outline(line);
+    state.chosen = around.length > 2 ? within(around, points) : new Set();
+    if (!line) state.lasso = null;
+    moved();
     recolor();
-    list.hidden = false;
-    list.replaceChildren();
-    const indices = [...state.chosen];
-    list.append(`${indices.length.toLocaleString("en")} ${indices.length === 1 ? "feature" : "features"} chosen`);
-    if (!indices.length) return;
-    const ranges = asRanges(indices);
-    if (ranges.length < 12000) {
-      list.append(Object.assign(document.createElement("a"), { href: `${box.dataset.source}?features=${ranges}#all`, textContent: "list them" }));
+    list.hidden = !line;
+    if (!line) return;
+    const n = state.chosen.size;
+    list.replaceChildren(`${n.toLocaleString("en")} ${n === 1 ? "feature" : "features"} chosen`);
+    if (n) {
+      const address = `${box.dataset.source}?around=${box.dataset.drawing}-${line}#all`;
+      const copy = button("copy their indices", async () => {
+        await navigator.clipboard.writeText([...state.chosen].join(","));
+        copy.textContent = "copied";
+      });
+      list.append(Object.assign(document.createElement("a"), { href: address, textContent: "list them" }), copy);
     }
-    const copy = Object.assign(document.createElement("button"), { type: "button", className: "link", textContent: "copy their indices" });
-    copy.onclick = async () => {
-      await navigator.clipboard.writeText(indices.join(","));
-      copy.textContent = "copied";
-    };
-    const none = Object.assign(document.createElement("button"), { type: "button", className: "link", textContent: "choose none" });
-    none.onclick = () => {
-      state.chosen = new Set();
-      list.hidden = true;
-      recolor();
-    };
-    list.append(copy, none);
+    list.append(
+      button("choose none", () => {
+        choose("");
+        remember();
+      }),
+    );
+  }
+  function button(textContent, onclick) {
+    return Object.assign(document.createElement("button"), { type: "button", className: "link", textContent, onclick });
   }
 
   const tools = document.querySelector("[data-map-tools]");
@@ -249,7 +291,7 @@ async function draw(box) {
     if (target.dataset.zoom) zoom(Number(target.dataset.zoom));
     if (target.matches("[data-whole]")) {
       Object.assign(state, { scale: 1, x: 0, y: 0 });
-      refresh();
+      moved();
     }
     if (target.matches("[data-lasso]")) {
       const on = box.dataset.mode !== "lasso";
@@ -279,8 +321,10 @@ async function draw(box) {
   }
   function remember() {
     const address = new URL(location.href);
-    state.color === "cluster" ? address.searchParams.delete("color") : address.searchParams.set("color", state.color);
-    field.value.trim() ? address.searchParams.set("q", field.value.trim()) : address.searchParams.delete("q");
+    const put = (name, value) => (value ? address.searchParams.set(name, value) : address.searchParams.delete(name));
+    put("color", state.color === "cluster" ? "" : state.color);
+    put("q", field.value.trim());
+    put("around", state.line && `${box.dataset.drawing}-${state.line}`);
     history.replaceState(history.state, "", address);
   }
   field.addEventListener("input", () => {
@@ -291,9 +335,12 @@ async function draw(box) {
     event.preventDefault();
     search();
   });
-  new ResizeObserver(refresh).observe(box);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolor);
-  recolor();
+  new ResizeObserver(moved).observe(box);
+  const schemes = () => recolor();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", schemes);
+  new MutationObserver(schemes).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+  if (box.dataset.around) choose(box.dataset.around);
+  else recolor();
   if (field.value) search();
   box.dataset.ready = "yes";
 }
@@ -305,10 +352,10 @@ function decode(buffer) {
   const [xs, ys] = [short(0), short(1)];
   const [x, y] = [new Float32Array(n), new Float32Array(n)];
   for (let i = 0; i < n; i++) {
-    place[2 * i] = x[i] = (xs[i] / 65535) * 2 - 1;
-    place[2 * i + 1] = y[i] = (ys[i] / 65535) * 2 - 1;
+    place[2 * i] = x[i] = (xs[i] / FULL) * 2 - 1;
+    place[2 * i + 1] = y[i] = (ys[i] / FULL) * 2 - 1;
   }
-  return { n, x, y, place, cluster: short(2), density: new Uint8Array(buffer, 4 + 6 * n), color: new Uint8Array(4 * n), stale: true };
+  return { n, x, y, xs, ys, place, cluster: short(2), density: new Uint8Array(buffer, 4 + 6 * n), color: new Uint8Array(4 * n), stale: true };
 }
 
 function painter(canvas, points) {
@@ -382,20 +429,39 @@ function hue(number, dark) {
   return [f(0), f(8), f(4)];
 }
 
-function inside(line, x, y) {
-  let odd = false;
-  for (let i = 0, j = line.length - 1; i < line.length; j = i++) {
-    const [[xi, yi], [xj, yj]] = [line[i], line[j]];
-    if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) odd = !odd;
-  }
-  return odd;
+// Corners of a line as an address has it.
+function outline(line) {
+  const numbers = line ? line.split("-").map(Number) : [];
+  return Array.from({ length: numbers.length >> 1 }, (_, i) => [numbers[2 * i], numbers[2 * i + 1]]);
 }
 
-function asRanges(indices) {
-  const runs = [];
-  for (const i of indices.sort((a, b) => a - b)) {
-    if (runs.length && runs.at(-1)[1] === i - 1) runs.at(-1)[1] = i;
-    else runs.push([i, i]);
-  }
-  return runs.map(([a, b]) => (a === b ? a : `${a}-${b}`)).join(",");
+function thinned(line) {
+  const every = Math.max(1, line.length / CORNERS);
+  return Array.from({ length: Math.floor(line.length / every) }, (_, i) => line[Math.floor(i * every)]);
+}
+
+// The points inside a line, by the same comparisons as app/maps.py: edge by edge, over the points at its height.
+function within(line, { n, xs, ys }) {
+  const odd = new Uint8Array(n);
+  const byHeight = Uint32Array.from({ length: n }, (_, i) => i).sort((a, b) => ys[a] - ys[b]);
+  const below = (y) => {
+    let [low, high] = [0, n];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (ys[byHeight[middle]] < y) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  };
+  line.forEach(([xi, yi], i) => {
+    const [xj, yj] = line.at(i - 1);
+    const last = below(Math.max(yi, yj));
+    for (let k = below(Math.min(yi, yj)); k < last; k++) {
+      const p = byHeight[k];
+      if (xs[p] < ((xj - xi) * (ys[p] - yi)) / (yj - yi) + xi) odd[p] ^= 1;
+    }
+  });
+  const found = new Set();
+  for (let i = 0; i < n; i++) if (odd[i]) found.add(i);
+  return found;
 }

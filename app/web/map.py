@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from app import catalog, jobs, maps, saecharts, search
 from app.catalog import SourceCard
 from app.labelindex import LabelIndex
-from app.maps import Cluster, Map
+from app.maps import Cluster, Line, Map
 from app.present import Window
 from app.saecharts import Thumbnail
 from app.tables import Job
@@ -50,11 +50,19 @@ class MapPage:
     q: str
     job: Job | None
     """What is drawing it."""
+    around: Line | None = None
+    """Drawn around some of the features."""
 
     @property
     def places(self) -> list[tuple[float, float, int]]:
         """Where clusters' names are written, and how large each is."""
         return [(round(c.x, 4), round(c.y, 4), c.n) for c in self.drawn.clusters] if self.drawn else []
+
+    @property
+    def inside(self) -> str:
+        """The list of the features inside the line."""
+        assert self.around is not None
+        return self.source.path + query({"around": f"{self.around.drawn_at}-{self.around.text}"}) + "#all"
 
     def link(self, color: str) -> str:
         return f"{self.source.path}/map" + query({"color": color if color != "cluster" else "", "q": self.q})
@@ -78,6 +86,7 @@ def map_page(
     session: Db,
     color: Literal["cluster", "density"] = "cluster",
     q: Annotated[str, Query(max_length=200)] = "",
+    around: Annotated[str, Query(max_length=6_000)] = "",
 ) -> Response:
     found = catalog.source_card(session, model, source)
     drawn = maps.map_of(session, found.id)
@@ -95,6 +104,7 @@ def map_page(
         color=color,
         q=q,
         job=None if drawn else _drawing(session, found),
+        around=maps.parse_line(around) if around else None,
     )
     return render(request, "map.html", page)
 
@@ -121,7 +131,7 @@ def points(model: str, source: str, session: Db, v: str = "") -> Response:
     drawn = maps.map_of(session, found.id)
     if drawn is None:
         raise catalog.NotInCatalog(f"{found.path} has no map yet.", [(f"{found.path}/map", "How to make one")])
-    place = np.rint((np.clip(drawn.coordinates, -1, 1) + 1) / 2 * 65535).astype("<u2")
+    place = drawn.places
     densities = catalog.densities(session, found)
     with np.errstate(divide="ignore"):
         level = np.where(densities > 0, np.clip((np.log10(densities) + 6) / 6, 0, 1) * 254 + 1, 0).astype("u1")

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, field_validator
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
+from app.maps import Map
 from app.placement import placement
 from app.present import amount, percent
 from app.protocol import ModelCard
@@ -98,6 +100,21 @@ class TablePage:
     source: SourceCard
     table: Table
     columns: tuple[str, ...] = COLUMNS
+    drawn_at: int = 0
+    """Of the map, where the table shows what a line was drawn around on it."""
+
+    @property
+    def drawn_around(self) -> bool:
+        return bool(self.table.filter.around)
+
+    @property
+    def redrawn(self) -> bool:
+        """Tells that the line was drawn on an earlier map."""
+        return self.drawn_around and maps.parse_line(self.table.filter.around).drawn_at != self.drawn_at
+
+    @property
+    def on_the_map(self) -> str:
+        return f"{self.source.path}/map" + query({"around": self.table.filter.around})
 
     @property
     def addressed(self) -> tuple[str, ...]:
@@ -185,6 +202,7 @@ class FilterQuery(BaseModel):
     max_act: float | None = Field(None, ge=0, allow_inf_nan=False)
     features: str = Field("", max_length=50_000)
     cluster: int | None = Field(None, ge=0, lt=2**16)
+    around: str = Field("", max_length=6_000)
     columns: list[Column] = Field(default_factory=list[Column], max_length=20)
     """Beside the index, which is always there; none means all."""
     rows: bool = False
@@ -220,7 +238,8 @@ def export(
 ) -> Response:
     """Stream the filtered table, however long, in its order and with its columns."""
     found = catalog.source_card(session, model, source)
-    catalog.parse_ranges(wanted.features or "0")
+    # Before the first byte is sent, while a refusal can still be one.
+    catalog.count(session, found, wanted.filter())
     sessions = request.app.state.sessions
 
     def rows() -> Iterator[FeatureRow]:
@@ -286,7 +305,8 @@ def source_page(
         return RedirectResponse(catalog.default_source(session, model, int(source)).path, 302)
     if partial(request) and not request.headers.get("hx-target", "").endswith("#check"):  # that one wants the verdict
         found = catalog.source_card(session, model, source)
-        shown = TablePage(found, catalog.table(session, found, wanted.filter()), wanted.shown)
+        drawn = maps.map_of(session, found.id) if wanted.around else None
+        shown = _table(session, found, wanted, drawn)
         return render(request, "_rows.html" if wanted.rows else "_features.html", shown)
     card, found, harvest = catalog.source_page(session, model, source)
     measured = metrics(found.metrics)
@@ -303,12 +323,17 @@ def source_page(
         figures=saecharts.figures(harvest.summary) if harvest else (),
         thumbnail=saecharts.thumbnail(drawn) if drawn else None,
         others=tuple(s for s in catalog.model_entry(session, model).sources if s.id != found.id),
-        features=TablePage(found, catalog.table(session, found, wanted.filter()), wanted.shown),
+        features=_table(session, found, wanted, drawn),
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
         shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
     )
     return render(request, "source.html", page)
+
+
+def _table(session: Session, source: SourceCard, wanted: FilterQuery, drawn: Map | None) -> TablePage:
+    table = catalog.table(session, source, wanted.filter())
+    return TablePage(source, table, wanted.shown, drawn.drawn_at if drawn else 0)
 
 
 def metrics(found: Mapping[str, Any]) -> tuple[Metric, ...]:

@@ -77,6 +77,51 @@ def test_a_cluster_filters_the_table(session: Session, number: int) -> None:
     assert [row.index for row in rows] == np.flatnonzero(number == CLUSTER).tolist()
 
 
+def line_of(session: Session, corners: list[tuple[float, float]]) -> str:
+    drawn = maps.map_of(session, session.query(Source).filter_by(name="1-demo").one().id)
+    assert drawn is not None
+    numbers = [round((c + 1) / 2 * maps.FULL) for corner in corners for c in corner]
+    return "-".join(map(str, [drawn.drawn_at, *numbers]))
+
+
+SQUARE = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]
+
+
+def test_a_line_around_features_filters_the_table(session: Session) -> None:
+    draw(session)
+    here = catalog.source_card(session, "tiny", "1-demo")
+    angles = np.linspace(0, 6, D_SAE)
+    expected = np.flatnonzero((np.cos(angles) > 0) & (np.sin(angles) > 0)).tolist()
+    found = catalog.table(session, here, Filter(around=line_of(session, SQUARE)))
+    assert [row.index for row in found.rows] == expected
+    assert found.total == len(expected)
+    # A line that crosses itself: what it goes around twice is not inside.
+    twice = line_of(session, SQUARE + SQUARE)
+    assert catalog.count(session, here, Filter(around=twice)) == 0
+    assert catalog.count(session, catalog.source_card(session, "tiny", "2-plain"), Filter(around=twice)) == 0
+
+
+@pytest.mark.parametrize("line", ["1", "1-2-3-4-5", "1-2-3-4-5-6-7-8", "a", "1-0-0-70000-0-0-9", "-".join(["1"] * 999)])
+def test_what_is_no_line_is_refused(charted: TestClient, line: str) -> None:
+    for path in ("", "/map", "/features.csv", "/random"):
+        answer = charted.get(f"/tiny/1-demo{path}?around={line}")
+        assert answer.status_code == 422, path
+        assert "is no line around features of a map" in answer.text
+
+
+def test_a_list_says_that_its_map_was_drawn_anew(charted: TestClient, settings: Settings) -> None:
+    engine = db.connect(settings)
+    with db.sessions(engine)() as session:
+        line = line_of(session, SQUARE)
+    engine.dispose()
+    text = page(charted, f"/tiny/1-demo?around={line}")
+    assert f'<a href="/tiny/1-demo/map?around={line}">drawn around on the map</a>' in text
+    assert "drawn anew" not in text
+    assert f'data-around="{line.partition("-")[2]}"' in page(charted, f"/tiny/1-demo/map?around={line}")
+    older = "5-" + line.partition("-")[2]
+    assert "has been drawn anew since" in page(charted, f"/tiny/1-demo?around={older}")
+
+
 def test_points_say_place_cluster_and_density_and_are_kept_under_their_version(charted: TestClient) -> None:
     text = page(charted, "/tiny/1-demo/map")
     address = text.partition('data-points="')[2].partition('"')[0]
