@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from sqlalchemy.orm import Session
 
 from app import (
+    backups,
     bulk,
     catalog,
     corpora,
@@ -36,6 +37,7 @@ from app import (
     models,
     origins,
     people,
+    relocation,
     supervisor,
     validations,
     weights,
@@ -48,10 +50,9 @@ from app.model_kwargs import CENTRED, KEY
 from app.people import Role
 from app.placement import placement
 from app.settings import Settings
-from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec
+from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec, TrainSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
-from app.trainspecs import TrainSpec
 
 Report = Callable[[float, str], None]
 SpecT = TypeVar("SpecT", bound=BaseModel)
@@ -491,11 +492,11 @@ def train(
 ) -> None:
     """Queue the training of an SAE."""
     asked = _read_spec(spec, TrainSpec)
-    title = asked.title
+    title = f"Train {asked.model}/{asked.source}: TopK k={asked.k}, d_sae={asked.d_sae:,}"
     with _session(Settings()) as session:
         catalog.model_entry(session, asked.model)
         corpora.corpus_named(session, asked.corpus)
-        job_id = jobs.submit(session, Settings(), "train", title, asked.model_dump(mode="json", exclude_none=True)).id
+        job_id = jobs.submit(session, Settings(), "train", title, asked.model_dump()).id
     _queued(job_id, title, watch)
 
 
@@ -852,6 +853,63 @@ def _new_password() -> str:
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\n")
     return typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+
+
+# Backups ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="Archive to write; it must not exist yet.")],
+    models: Annotated[bool, typer.Option(help="The models' weights too; they can be fetched again.")] = False,
+    activations: Annotated[bool, typer.Option(help="Activations that harvests kept.")] = True,
+) -> None:
+    """Write the catalog, the job queue and all files to one archive. A server may run meanwhile."""
+    settings = Settings()
+    with _progress() as report:
+        made = backups.backup(settings, file, report, models=models, kept=activations)
+    _out.print(f"Wrote {escape(str(file))}: {_contents(made)}, {file.stat().st_size / 2**20:,.1f} MiB.", soft_wrap=True)
+    if not models:
+        _out.print("Without the models' weights (--models takes them): install those again after restoring.")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="Archive that `sae-atlas backup` wrote.")],
+    replace: Annotated[bool, typer.Option(help="Replace everything that is there.")] = False,
+) -> None:
+    """Put a backup in place, after checking all of it. Nothing may be served from the data directory meanwhile."""
+    settings = Settings()
+    with _progress() as report:
+        found = backups.restore(settings, file, report, replace=replace)
+    made = f"{found.head.created_at:%Y-%m-%d %H:%M} UTC"
+    _out.print(f"Restored {_contents(found)}, as of {made}.", soft_wrap=True)
+    with _session(settings) as session:
+        bare = [id for id in models.names(session) if not (settings.model_dir(id) / "card.json").exists()]
+    if bare:
+        _out.print(f"Without weights: {', '.join(bare)}. `sae-atlas model add ... --id ID` installs them.")
+
+
+def _contents(found: backups.Contents) -> str:
+    return f"{found.n_rows:,} rows of {len(found.checksums.catalog)} tables and {found.n_files:,} files"
+
+
+@app.command(name="migrate-db")
+def migrate_db(
+    target: Annotated[str, typer.Argument(metavar="TARGET_URL", help="Such as postgresql://user@host/atlas; empty.")],
+) -> None:
+    """Copy a SQLite catalog and its job queue to an empty Postgres, all of it or nothing, and compare both."""
+    settings = Settings()
+    with _progress() as report:
+        copied = relocation.relocate(settings, target, report)
+    table = _list("table", "rows", "digest in SQLite", "digest in Postgres")
+    for one in copied:
+        table.add_row(one.table, f"{one.rows:,}", one.digest[:16], one.copied[:16])
+    _out.print(table)
+    _out.print(f"Copied {sum(c.rows for c in copied):,} rows; every table is the same on both sides.")
+    _out.print(
+        f"Set SAE_ATLAS_DATABASE_URL={escape(relocation.shown(target))} (with its password) and start.", soft_wrap=True
+    )
 
 
 # Shared ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -67,20 +67,42 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 
 def migrate(engine: Engine, revision: str = "head") -> None:
     """Bring the schema to a revision. Processes that start at once wait for the one that migrates."""
-    with _one_at_a_time(engine) as connection:
-        config = _config()
-        config.attributes["connection"] = connection
-        if revision == "base" or revision.startswith("-"):
-            command.downgrade(config, revision)
-        else:
-            command.upgrade(config, revision)
+    with writing(engine) as connection:
+        migrate_on(connection, revision)
+
+
+def migrate_on(connection: Connection, revision: str = "head") -> None:
+    """Bring the schema to a revision, up or down, inside the connection's transaction."""
+    config = _config()
+    config.attributes["connection"] = connection
+    if _is_below(revision, revision_of(connection)):
+        command.downgrade(config, revision)
+    else:
+        command.upgrade(config, revision)
+
+
+def revision_of(connection: Connection) -> str | None:
+    """Return the schema's revision, None for a database without one."""
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def revisions() -> list[str]:
+    """Return the revisions that this code knows, first to newest."""
+    return [revision.revision for revision in ScriptDirectory.from_config(_config()).walk_revisions()][::-1]
+
+
+def _is_below(revision: str, current: str | None) -> bool:
+    if revision == "base" or revision.startswith("-"):
+        return True
+    known = revisions()
+    return current in known and revision in known and known.index(revision) < known.index(current)
 
 
 def check_schema(engine: Engine) -> None:
     """Raise SchemaError unless the schema is exactly the code's newest revision."""
     script = ScriptDirectory.from_config(_config())
     with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
+        current = revision_of(connection)
     newest = script.get_current_head()
     if current == newest:
         return
@@ -95,7 +117,20 @@ def check_schema(engine: Engine) -> None:
 def is_empty(engine: Engine) -> bool:
     """Tell whether nothing was ever migrated here: a first start, when making the schema surprises nobody."""
     with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision() is None
+        return revision_of(connection) is None
+
+
+def is_current(engine: Engine) -> bool:
+    """Tell whether the schema is the code's."""
+    with engine.connect() as connection:
+        return revision_of(connection) == revisions()[-1]
+
+
+def settle(path: Path) -> None:
+    """Write what a SQLite file's log holds into the file, which is then all there is of it."""
+    connection = sqlite3.connect(path, timeout=30)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
 
 
 def _config() -> Config:
@@ -105,26 +140,41 @@ def _config() -> Config:
 
 
 @contextmanager
-def _one_at_a_time(engine: Engine) -> Generator[Any]:
-    """Hold the database's own write lock while migrating, for up to a minute of waiting."""
+def writing(engine: Engine, *, foreign_keys: bool = True) -> Generator[Connection]:
+    """Hold the database's own write lock in one transaction, for up to a minute of waiting.
+
+    `foreign_keys` off leaves them unchecked on SQLite, where a table that others point at can be filled before them.
+    """
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             with connection.begin():
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
                 yield connection
             return
-        _begin_exclusive(connection, deadline=time.monotonic() + 60)
-        try:
-            yield connection
-            connection.exec_driver_sql("COMMIT")
-        except BaseException:
-            connection.exec_driver_sql("ROLLBACK")
-            raise
+        if not foreign_keys:
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+        with by_hand(connection):
+            _begin_exclusive(connection, deadline=time.monotonic() + 60)
+            try:
+                yield connection
+                connection.exec_driver_sql("COMMIT")
+            except BaseException:
+                connection.exec_driver_sql("ROLLBACK")
+                raise
+
+
+@contextmanager
+def by_hand(connection: Connection) -> Generator[None]:
+    """Leave BEGIN and COMMIT to the caller: pysqlite begins by itself, never for a read, and commits before DDL."""
+    driver: Any = connection.connection.dbapi_connection
+    before, driver.isolation_level = driver.isolation_level, None
+    try:
+        yield
+    finally:
+        driver.isolation_level = before
 
 
 def _begin_exclusive(connection: Any, deadline: float) -> None:
-    # pysqlite opens transactions by itself and commits before DDL; in autocommit mode BEGIN and COMMIT are ours.
-    connection.connection.dbapi_connection.isolation_level = None
     while True:
         try:
             connection.exec_driver_sql("BEGIN IMMEDIATE")

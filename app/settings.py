@@ -7,7 +7,7 @@ import hashlib
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import platformdirs
 from pydantic import Field
@@ -112,6 +112,10 @@ class Settings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         default="console", description="Log lines for people or for machines."
     )
+
+    def changed(self, **values: Any) -> Settings:
+        """Return settings with other values. `model_copy` would keep what was derived from the old ones."""
+        return Settings.model_validate(self.model_dump(exclude_unset=True) | values)
 
     @cached_property
     def catalog_url(self) -> str:

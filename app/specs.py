@@ -120,3 +120,57 @@ class BulkSpec(Spec):
     n_features: int = Field(50, ge=1, le=1000, description="Features that best tell the groups apart.")
     held_out: float = Field(0.3, gt=0, lt=0.9, description="Share of each group kept for the held-out score.")
     seed: int = Field(0, ge=0, description="Seed of the split.")
+
+
+class TrainSpec(Spec):
+    """Train one TopK SAE on the activations of one hook over one corpus, evaluate it and put it into the catalog."""
+
+    model: str = Field(description="Model id in the catalog.")
+    corpus: str = Field(description="Corpus in the catalog.")
+    hook_name: str = Field(
+        pattern=r"^blocks\.\d{1,4}\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_out|attn\.hook_z)$",
+        description="Where activations are read, such as blocks.12.hook_resid_post.",
+    )
+    set_name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="The source will be {layer}-{set_name}.")
+    architecture: Literal["topk"] = Field("topk", description="The SAE's activation function; TopK with AuxK.")
+    d_sae: int = Field(4096, ge=8, le=2**20, description="Latents; typically 4 to 16 times the hook's width.")
+    k: int = Field(32, ge=1, description="Latents active on a token; 16 to 64 is usual.")
+    context_size: int = Field(128, ge=8, le=4096, description="Tokens the model sees at once.")
+    n_tokens: int = Field(2_000_000, ge=2_000, description="Distinct tokens whose activations are cached.")
+    epochs: int = Field(2, ge=1, le=100, description="How often each is seen.")
+    batch_size: int = Field(4096, ge=8, description="Tokens of one optimiser step.")
+    lr: float = Field(1e-3, gt=0, le=1, description="Adam's peak learning rate; 1e-4 to 1e-3 is usual.")
+    warmup_steps: int = Field(100, ge=0, description="Steps over which the learning rate rises.")
+    decay_share: float = Field(0.3, ge=0, le=1, description="Last share of the steps over which it falls to zero.")
+    aux_k: int = Field(256, ge=0, description="Dead latents that learn from the residual error in each step (AuxK).")
+    aux_coefficient: float = Field(1 / 32, ge=0, description="Weight of the AuxK loss.")
+    dead_after_tokens: int = Field(
+        200_000, ge=1, description="Tokens without an activation after which a latent is dead."
+    )
+    max_norm_ratio: float = Field(
+        6.0,
+        gt=1,
+        description="Tokens whose activation norm exceeds this multiple of the median are left out of the loss.",
+    )
+    held_out: float = Field(0.05, gt=0, lt=0.5, description="Last share of the corpus, kept for evaluation.")
+    seed: int = Field(
+        0, ge=0, description="Seed of initial weights and data order; the same seed gives the same weights."
+    )
+    steps_per_checkpoint: int = Field(40, ge=1, description="Optimiser steps between checkpoints.")
+    n_eval_tokens: int = Field(20_000, ge=1_000, description="Held-out tokens for the losses with the SAE spliced in.")
+    weights_dtype: Literal["float32", "float16"] = Field("float16", description="Precision of the weights on disk.")
+    harvest_tokens: int = Field(0, ge=0, description="Tokens of the harvest queued at the end; 0 queues none.")
+
+    @model_validator(mode="after")
+    def _sparse(self) -> TrainSpec:
+        if self.k >= self.d_sae:
+            raise ValueError(f"k is {self.k} and d_sae {self.d_sae}; k must be smaller")
+        return self
+
+    @property
+    def layer(self) -> int:
+        return int(self.hook_name.split(".")[1])
+
+    @property
+    def source(self) -> str:
+        return f"{self.layer}-{self.set_name}"

@@ -111,7 +111,7 @@ def serve(settings: Settings, announce: Callable[[Settings, list[Child]], None],
     Raises BadInput for an address that is not loopback and Conflict for a port in use, before anything is started.
     """
     settings = check_address(settings)
-    lock = _lock(settings)
+    lock = hold(settings)
     engine = db.connect(settings)
     db.migrate(engine)
     with db.sessions(engine).begin() as session:
@@ -324,7 +324,7 @@ def _is_private(host: str) -> bool:
 def served_address(settings: Settings) -> Settings:
     """Return the settings with host and port where this data directory is served now; as given when it is not."""
     try:
-        with _lock(settings):
+        with hold(settings):
             return settings
     except Conflict:
         pass
@@ -350,7 +350,7 @@ def _address_written(settings: Settings) -> Generator[None]:
         file.unlink(missing_ok=True)
 
 
-def _lock(settings: Settings) -> IO[str]:
+def hold(settings: Settings) -> IO[str]:
     """Hold the data directory's supervisor lock: a second set of processes would fight over socket and slot."""
     return lockfile.hold(
         settings.data_dir / "run" / "serve.lock",

@@ -13,7 +13,6 @@ import errno
 import os
 import shutil
 import socket
-import sqlite3
 import time
 import traceback
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, jobs, lockfile, log
+from app import db, jobqueue, jobs, lockfile, log
 from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
@@ -67,7 +66,7 @@ def serve(settings: Settings, stop: Event) -> None:
     runner = Runner(settings, sessions, executor)
     launch(settings, runner)
     client = DBOSClient(
-        system_database_url=queue_url(settings),
+        system_database_url=jobqueue.dbos_url(settings),
         serializer=DBOSPortableJSONSerializer(),
         application_name=APPLICATION,
     )
@@ -82,10 +81,10 @@ def serve(settings: Settings, stop: Event) -> None:
 def launch(settings: Settings, runner: Runner) -> None:
     """Start dbos in this process. On start it takes up again what this executor was doing when it died."""
     forbid_pickle()
-    _prepare_file(settings.queue_url)
+    jobqueue.prepare_file(settings.queue_url)
     config: DBOSConfig = {
         "name": APPLICATION,
-        "system_database_url": queue_url(settings),
+        "system_database_url": jobqueue.dbos_url(settings),
         "application_version": APPLICATION_VERSION,
         "executor_id": runner.executor,
         "serializer": DBOSPortableJSONSerializer(),
@@ -114,12 +113,6 @@ def forbid_pickle() -> None:
         raise PickleRefused("The job database holds a pickled value; SAE Atlas writes JSON only and loads no pickles.")
 
     DefaultSerializer.deserialize = refuse
-
-
-def queue_url(settings: Settings) -> str:
-    """Return the URL as dbos wants it: it picks the Postgres driver itself."""
-    url = make_url(settings.queue_url)
-    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=False)
 
 
 class Runner:
@@ -466,17 +459,3 @@ def _take_slot(settings: Settings) -> IO[str]:
         settings.data_dir / "run" / f"trainer-{settings.slot}.lock",
         f"A trainer runs in slot {settings.slot} already. For a second one set SAE_ATLAS_SLOT={settings.slot + 1}.",
     )
-
-
-def _prepare_file(url: str) -> None:
-    """Make the queue's SQLite file private and WAL before dbos opens it: 200 jobs take 5 s then, not 16 s."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        return
-    path = Path(parsed.database)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.chmod(0o600)
-    connection = sqlite3.connect(path, timeout=30)
-    db.enter_wal(connection.cursor())
-    connection.close()
