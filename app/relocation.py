@@ -37,9 +37,7 @@ def relocate(settings: Settings, url: str, report: Report) -> list[Copied]:
         db.check_schema(source_engine)
         with db.sessions(source_engine)() as session:
             if jobs.trainers(session, settings):
-                raise Conflict(
-                    "A trainer works on this catalog. Stop it first: what it writes meanwhile would be lost."
-                )
+                raise Conflict("A trainer works on this catalog. Stop it: what it writes meanwhile would be lost.")
         _check_empty(target)
         jobqueue.prepare(target)
         try:

@@ -19,6 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, Table
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 from sqlalchemy.schema import AddConstraint, DropConstraint
 
@@ -98,7 +99,7 @@ def has_rows(connection: Connection, found: Iterable[Table]) -> bool:
 
 def read(connection: Connection, table: Table) -> Iterator[Row]:
     """Yield a table's rows, a few hundred in memory at a time, each value in its one form."""
-    as_text = {"json": _json_text(connection)}
+    as_text: dict[str, Callable[[Any], Any]] = {kind: _json_text(connection) for kind in ("json", "jsonb")}
     columns = [as_text.get(_kind(c), lambda c: c)(c).label(f"c{i}") for i, c in enumerate(table.columns)]
     forms = [_OUT.get(_kind(c)) for c in table.columns]
     result = connection.execute(sa.select(*columns).select_from(table).execution_options(yield_per=BATCH_ROWS))
@@ -155,12 +156,13 @@ def copy(source: Connection, table: Table, target: Connection, into: Table, seen
     """Copy a table's rows as a stream, and return the digest of what was read. `seen` is told how many so far."""
     names = [column.name for column in table.columns]
     check_columns(into, names)
+    rewritten = [_kind(into.columns[name]) == "jsonb" for name in names]
 
     def counted() -> Iterator[Row]:
         for number, row in enumerate(read(source, table)):
             if number % BATCH_ROWS == 0:
                 seen(number)
-            yield row
+            yield tuple(_one_form(v) if b and v is not None else v for b, v in zip(rewritten, row, strict=True))
 
     return write(target, into, names, counted())
 
@@ -223,6 +225,7 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _kind(column: sa.Column[Any]) -> str:
     kinds: tuple[tuple[str, type[sa.types.TypeEngine[Any]]], ...] = (
+        ("jsonb", JSONB),
         ("json", sa.JSON),
         ("bytes", sa.LargeBinary),
         ("bool", sa.Boolean),
@@ -247,7 +250,7 @@ def _json_text(connection: Connection) -> Callable[[Any], Any]:
 
 def _bound(connection: Connection, column: sa.Column[Any]) -> Any:
     name = f"v_{column.name}"
-    if _kind(column) != "json":
+    if _kind(column) not in ("json", "jsonb"):
         return sa.bindparam(name, type_=column.type)
     text = sa.bindparam(name, type_=sa.Text())
     return sa.cast(text, column.type) if connection.dialect.name == "postgresql" else text
@@ -258,7 +261,19 @@ def _utc(value: datetime) -> str:
     return aware.isoformat(timespec="microseconds")
 
 
-_OUT: dict[str, Callable[[Any], Any]] = {"time": _utc, "bool": int, "int": int, "float": float, "bytes": bytes}
+def _one_form(text: str) -> str:
+    """JSONB forgets spaces and the order of keys."""
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
+_OUT: dict[str, Callable[[Any], Any]] = {
+    "jsonb": _one_form,
+    "time": _utc,
+    "bool": int,
+    "int": int,
+    "float": float,
+    "bytes": bytes,
+}
 _IN: dict[str, Callable[[Any], Any]] = {"time": datetime.fromisoformat, "bool": bool}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -13,10 +14,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, inspect, text
 
-from app import db
+from app import db, rows
 from app.db import SchemaError
 from app.settings import Settings
 from app.tables import Job, Table
+from tests import every_table
 
 _MODEL = "INSERT INTO models (id, name, hash, card, created_at) VALUES ('m', 'm', '', '{}', '2026-01-01')"
 _SOURCE = (
@@ -47,9 +49,7 @@ def engine(settings: Settings) -> Iterator[Engine]:
 
 def test_migrations_build_exactly_the_tables_of_the_code(engine: Engine) -> None:
     db.migrate(engine)
-    with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"render_as_batch": True})
-        assert compare_metadata(context, Table.metadata) == []
+    assert compare_to_code(engine) == []
 
 
 def test_migrations_go_down_to_nothing_and_up_again(engine: Engine) -> None:
@@ -58,6 +58,58 @@ def test_migrations_go_down_to_nothing_and_up_again(engine: Engine) -> None:
     assert inspect(engine).get_table_names() == ["alembic_version"]
     db.migrate(engine)
     db.check_schema(engine)
+
+
+def test_every_revision_goes_up_down_and_up_again_with_rows_in_every_table(engine: Engine) -> None:
+    """What both schemas can hold is the same before and after, in each table, to the digest."""
+    known = db.revisions()
+    for below, above in itertools.pairwise(known):
+        start_at(engine, below)
+        with db.writing(engine, foreign_keys=False) as connection:
+            tables = rows.tables(connection)
+            every_table.fill(connection, tables)
+            before = every_table.columns(tables)
+        db.migrate(engine, above)
+        with engine.connect() as connection:
+            after = every_table.columns(rows.tables(connection))
+        shared = {t: [c for c in columns if c in after[t]] for t, columns in before.items() if t in after}
+        with engine.connect() as connection:
+            upped = every_table.digests(connection, shared)
+        db.migrate(engine, below)
+        with engine.connect() as connection:
+            assert db.revision_of(connection) == below
+            assert every_table.columns(rows.tables(connection)) == before
+            assert every_table.digests(connection, shared) == upped, f"{above} down to {below}"
+        db.migrate(engine, above)
+        with engine.connect() as connection:
+            assert every_table.digests(connection, shared) == upped, f"{below} up to {above}"
+        assert {count for count, _ in upped.values()} == {every_table.N_ROWS}
+
+
+def start_at(engine: Engine, revision: str) -> None:
+    db.migrate(engine, "base")
+    db.migrate(engine, revision)
+
+
+def test_the_first_revisions_rows_survive_all_later_ones(engine: Engine) -> None:
+    start_at(engine, db.revisions()[0])
+    with db.writing(engine, foreign_keys=False) as connection:
+        tables = rows.tables(connection)
+        every_table.fill(connection, tables)
+        first = every_table.columns(tables)
+    db.migrate(engine)
+    with engine.connect() as connection:
+        newest = every_table.columns(rows.tables(connection))
+        kept = {table: [c for c in columns if c in newest.get(table, ())] for table, columns in first.items()}
+        found = every_table.digests(connection, {table: columns for table, columns in kept.items() if columns})
+    assert {count for count, _ in found.values()} == {every_table.N_ROWS}
+    assert compare_to_code(engine) == []
+
+
+def compare_to_code(engine: Engine) -> list[object]:
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"render_as_batch": True})
+        return list(compare_metadata(context, Table.metadata))
 
 
 def test_migrating_twice_keeps_what_is_there(engine: Engine) -> None:
