@@ -75,6 +75,59 @@ def test_texts_that_wait_are_answered_in_one_pass_each_with_its_own(
     assert len(sizes) <= 3
 
 
+def timed(sizes: list[int], starts: list[float], seconds: float) -> Callable[..., Any]:
+    """An encode that takes a while, and notes when it began and with how many texts."""
+
+    def encoding(model: LanguageModel, texts: list[Text], *_: object) -> Any:
+        sizes.append(len(texts))
+        starts.append(time.monotonic())
+        time.sleep(seconds)
+        return encode(model, texts)
+
+    return encoding
+
+
+def test_a_crowd_that_comes_one_after_another_is_read_together(
+    language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(lane_module, "encode", timed(sizes, [], 0.5))
+    texts = [text(language, tiny, topk, "the cat " * n) for n in range(1, 9)]
+
+    async def after(lane: Lane, seconds: float, one: Text) -> Any:
+        await asyncio.sleep(seconds)
+        return await lane.encode(language, [one], 10)
+
+    async def test() -> None:
+        async with running() as lane:
+            for _ in range(3):  # the first are not expected yet
+                await asyncio.gather(*(after(lane, 0.005 * n, one) for n, one in enumerate(texts)))
+
+    run(test)
+    assert sizes[0] < len(texts)
+    assert sizes[-1] == len(texts), sizes
+
+
+def test_who_asks_alone_does_not_wait_for_others(
+    language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[float] = []
+    monkeypatch.setattr(lane_module, "encode", timed([], starts, 0.4))
+    one = text(language, tiny, topk, "rain fell")
+
+    async def test() -> None:
+        async with running() as lane:
+            await asyncio.gather(*(lane.encode(language, [one], 10) for _ in range(5)))
+            asked: list[float] = []
+            for n_texts in (1, 1, 1, 1, 5, 5, 1, 5, 1):  # many texts of one request are no crowd
+                asked.append(time.monotonic())
+                await lane.encode(language, [one] * n_texts, 10)
+        # After some the crowd is forgotten; the quickest counts, since the machine has other things to do.
+        assert min(start - ask for start, ask in zip(starts[-5:], asked[-5:], strict=True)) < 0.04
+
+    run(test)
+
+
 def test_a_batch_is_bounded_in_padded_tokens(
     language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
