@@ -90,14 +90,19 @@ class Worker:
         for _ in range(MAX_LOADS):
             if not (await self.load(request)).loading:
                 return
-        raise Unavailable(f"{model.id} is still being loaded; try again later.", retry_after=30)
+        raise _still_loading(model)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         return TokenizeReply.model_construct(**await self._call("/tokenize", request))
 
     async def encode(self, request: EncodeRequest) -> EncodeReply:
-        """Activations of texts. The reply is built unvalidated: it is ours, and large."""
-        answer = await self._call("/encode", request)
+        """Activations of texts, waiting for a model to load. The reply is built unvalidated: it is ours, and large."""
+        for _ in range(MAX_LOADS):
+            answer = await self._call("/encode", request)
+            if not answer["loading"]:
+                break
+        else:
+            raise _still_loading(request.model)
         texts = [
             TextActs.model_construct(
                 ids=text["ids"], saes=[SaeActs.model_construct(None, **acts) for acts in text["saes"]]
@@ -199,6 +204,10 @@ def _body(request: Message) -> bytes:
 
 def _unavailable(what: str) -> Unavailable:
     return Unavailable(f"The gpu worker {what}; it is restarted by the supervisor. Try again in a few seconds.")
+
+
+def _still_loading(model: ModelRef) -> Unavailable:
+    return Unavailable(f"{model.id} is still being loaded; try again later.", retry_after=30)
 
 
 def _headers() -> dict[str, str]:

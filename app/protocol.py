@@ -140,6 +140,8 @@ class TextActs(Message):
 
 class EncodeReply(Message):
     texts: list[TextActs]
+    loading: list[Loading] = Field(default_factory=list[Loading])
+    """What is not resident even after some seconds. Then there are no texts, and the request is sent again."""
 
 
 class TextRef(Message):

@@ -17,7 +17,6 @@ import orjson
 from fastapi import APIRouter
 from pydantic import AliasChoices, BaseModel, Field
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app import catalog, vectors
@@ -29,7 +28,7 @@ from app.protocol import EncodeRequest, SaeActs, SaeQuery, TextActs
 from app.settings import Settings
 from app.tokens import Vocabulary
 from app.web.access import VIEWER
-from app.web.pages import Config, Db, Gpu
+from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(tags=["activations"])
 
@@ -95,8 +94,8 @@ class _Model:
 async def new_activation(body: NewActivation, session: Db, settings: Config, worker: Gpu) -> Response:
     """One feature on one text, or on each of many; tokens and values without the beginning-of-text token."""
     texts = texts_of(settings, body.customText)
-    model, (source, latent) = await run_in_threadpool(
-        lambda: (_model(session, settings, body.feature.modelId), find_feature(session, body.feature))
+    model, (source, latent) = await read(
+        session, lambda: (_model(session, settings, body.feature.modelId), find_feature(session, body.feature))
     )
     query = SaeQuery(sae=catalog.sae_ref(settings, source), latents=[latent])
     answers = [
@@ -109,7 +108,7 @@ async def new_activation(body: NewActivation, session: Db, settings: Config, wor
 async def source_activations(body: SourceActivations, session: Db, settings: Config, worker: Gpu) -> Response:
     """Every active feature of a source on each text, sparse; the beginning-of-text token is counted but has none."""
     texts = texts_of(settings, body.customText)
-    model, source = await run_in_threadpool(_find, session, settings, body.modelId, body.source)
+    model, source = await read(session, _find, session, settings, body.modelId, body.source)
     answers = await _encode(settings, worker, [source], texts, [_all_active(settings, source)])
     results = [
         {
@@ -128,7 +127,7 @@ async def source_activations(body: SourceActivations, session: Db, settings: Con
 async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of each token. With ignoreBos, special tokens are left out; positions still count them."""
     texts = texts_of(settings, body.text)
-    model, source = await run_in_threadpool(_find, session, settings, body.modelId, body.source)
+    model, source = await read(session, _find, session, settings, body.modelId, body.source)
     sparse = 0 < body.densityThreshold < 1
     wanted = SaeQuery(sae=catalog.sae_ref(settings, source), top_k=min(source.d_sae, body.numResults))
     if sparse:  # any number of the strongest may be dense
@@ -137,7 +136,7 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
     rows: dict[int, FeatureRow] | None = None
     if sparse:
         indices = {index for text in answers for top in text.saes[0].top_indices for index in top}
-        rows = await run_in_threadpool(catalog.rows, session, source, indices)
+        rows = await read(session, catalog.rows, session, source, indices)
     results = [{"source": source.name, "results": _by_token(text, model, body, rows)} for text in answers]
     return _json(results[0] if isinstance(body.text, str) else {"results": results})
 
@@ -147,12 +146,10 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
 async def search_all(body: SearchAll, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of a whole text in some or all sources of a set, with their values on every token."""
     texts = texts_of(settings, body.text)
-    model, sources = await run_in_threadpool(
-        lambda: (_model(session, settings, body.modelId), _sources_of(session, body))
-    )
+    model, sources = await read(session, lambda: (_model(session, settings, body.modelId), _sources_of(session, body)))
     queries = [_all_active(settings, source) for source in sources]
     answers = await _encode(settings, worker, sources, texts, queries)
-    results = [await run_in_threadpool(_found, session, text, sources, model, body) for text in answers]
+    results = [await read(session, _found, session, text, sources, model, body) for text in answers]
     return _json(results[0] if isinstance(body.text, str) else {"results": results})
 
 
@@ -197,7 +194,6 @@ async def _encode(
         )
     model = catalog.model_ref(settings, sources[0].model_id)
     request = EncodeRequest(model=model, texts=texts, queries=queries, prepend_bos=not without)
-    await worker.ready(request.model, [query.sae for query in queries])
     return (await worker.encode(request)).texts
 
 

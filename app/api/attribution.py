@@ -30,7 +30,7 @@ from app.protocol import (
 from app.settings import Settings
 from app.tokens import Vocabulary
 from app.web.access import VIEWER
-from app.web.pages import Config, Db, Gpu
+from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(tags=["attribution"])
 
@@ -98,7 +98,7 @@ class _Asked:
 async def predict(body: Predict, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """The likeliest next tokens after each position, with probabilities, and the loss of the token that does come."""
     check_text(settings, body.text)
-    await run_in_threadpool(catalog.model_entry, session, body.modelId)
+    await read(session, catalog.model_entry, session, body.modelId)
     model = catalog.model_ref(settings, body.modelId)
     await worker.ready(model, [])
     about: dict[str, Any] = {"model": model, "text": body.text, "prepend_bos": body.prependBos}
@@ -131,7 +131,7 @@ async def direct(body: Attribute, session: Db, settings: Config, worker: Gpu) ->
     target = await _target(body, asked, settings, worker)
     request = AttributeRequest(**asked.about, sae=asked.sae, target=target, top_k=body.numResults)
     found = await worker.attribute(request)
-    rows = await run_in_threadpool(catalog.rows, session, asked.source, {f.latent for f in found.features})
+    rows = await read(session, catalog.rows, session, asked.source, {f.latent for f in found.features})
     return _named(asked, target.position, found.token, body) | {
         "logit": found.logit,
         "cappedLogit": found.capped,
@@ -155,7 +155,7 @@ async def gradient(body: Gradient, session: Db, settings: Config, worker: Gpu) -
     request = GradientRequest(**asked.about, sae=asked.sae, target=target, top_k=body.numResults)
     found = await worker.gradient(request)
     latents = {latent for _, latent, _, _ in found.positions} | {latent for latent, _ in found.latents}
-    rows = await run_in_threadpool(catalog.rows, session, asked.source, latents)
+    rows = await read(session, catalog.rows, session, asked.source, latents)
     named = {"tokens": asked.words.strings(asked.ids)}
     if target is not None:
         named = _named(asked, target.position, target.token, body)
@@ -212,7 +212,7 @@ async def faithfulness(body: OneText, session: Db, settings: Config, worker: Gpu
 
 async def _ask(body: OneText, session: Db, settings: Settings, worker: Worker) -> _Asked:
     check_text(settings, body.text)
-    source = await run_in_threadpool(catalog.source_card, session, body.modelId, body.source)
+    source = await read(session, catalog.source_card, session, body.modelId, body.source)
     sae, model = catalog.sae_ref(settings, source), catalog.model_ref(settings, source.model_id)
     await worker.ready(model, [sae])
     about: dict[str, Any] = {"model": model, "text": body.text, "prepend_bos": source.prepend_bos}

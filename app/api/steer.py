@@ -28,7 +28,7 @@ from app.settings import Settings
 from app.steering import DEFAULT, STEERED, Chat, Completion, Steering
 from app.tokens import Reader, Vocabulary
 from app.web.access import VIEWER, actor_of, address_of
-from app.web.pages import Config, Db, Gpu
+from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(tags=["steering"])
 
@@ -237,7 +237,7 @@ async def begin(
         record = {**steering.record(body, targets), "modelHash": entry.card.hash}
         return asked, record, catalog.vocabulary_of(settings, body.modelId)
 
-    asked, record, words = await run_in_threadpool(found)
+    asked, record, words = await read(session, found)
     saes = [d.sae for row in asked.rows for d in row.directions if d.sae is not None]
     await worker.ready(asked.model, saes)
     status = await worker.status()

@@ -21,7 +21,7 @@ from app.steering import STEERED, Chat, Completion
 from app.sweeps import Axis, Point
 from app.tokens import Vocabulary
 from app.web.access import EDITOR, VIEWER
-from app.web.pages import Config, Db, Gpu
+from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(prefix="/steer", tags=["steering"])
 
@@ -65,7 +65,7 @@ async def next_tokens(body: Next, session: Db, settings: Config, worker: Gpu) ->
         asked = steering.request(session, settings, meant, targets)
         return asked, catalog.vocabulary_of(settings, meant.modelId)
 
-    asked, words = await run_in_threadpool(found)
+    asked, words = await read(session, found)
     await worker.ready(asked.model, [d.sae for row in asked.rows for d in row.directions if d.sae is not None])
     reply = await worker.next_tokens(
         NextRequest(model=asked.model, prompt=asked.prompt, rows=asked.rows, n_top=body.n_top)
@@ -88,7 +88,7 @@ async def score(body: Score, session: Db, settings: Config, worker: Gpu) -> Resp
         targets = steering.targets(session, settings, meant)
         return run, steering.request(session, settings, meant, targets)
 
-    run, asked = await run_in_threadpool(found)
+    run, asked = await read(session, found)
     if "scores" in run.result:
         return _json(run.result["scores"])
     words = await run_in_threadpool(catalog.vocabulary_of, settings, run.model_id)
@@ -138,10 +138,10 @@ async def sweep(request: Request, body: Sweep, session: Db, settings: Config, wo
         targets = steering.targets(session, settings, meant)
         return sweeps.points(body.axes, len(targets)), targets
 
-    wanted, targets = await run_in_threadpool(planned)
+    wanted, targets = await read(session, planned)
     if body.job or len(wanted) > sweeps.HANDFUL:
         return _json(await run_in_threadpool(_submit, session, settings, body, meant, wanted, targets))
-    asked = await run_in_threadpool(sweeps.request, session, settings, meant, targets, body.axes, wanted)
+    asked = await read(session, sweeps.request, session, settings, meant, targets, body.axes, wanted)
     words = await run_in_threadpool(catalog.vocabulary_of, settings, meant.modelId)
     found = await _points(request, worker, asked, body.axes, wanted, words)
     return _json(sweeps.table(found))

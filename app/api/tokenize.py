@@ -6,13 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 
 from app import catalog
 from app.api.inputs import ModelId, check_text
 from app.protocol import TokenizeRequest
 from app.web.access import VIEWER
-from app.web.pages import Config, Db, Gpu
+from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(tags=["tokens"])
 
@@ -27,7 +26,7 @@ class Tokenize(BaseModel):
 async def tokenize(body: Tokenize, session: Db, settings: Config, worker: Gpu) -> dict[str, Any]:
     """Return the token ids and their strings, which joined are the text (after the beginning-of-text token)."""
     check_text(settings, body.prompt)
-    await run_in_threadpool(catalog.model_entry, session, body.modelId)
+    await read(session, catalog.model_entry, session, body.modelId)
     model = catalog.model_ref(settings, body.modelId)
     reply = await worker.tokenize(TokenizeRequest(model=model, texts=[body.prompt], prepend_bos=body.prependBos))
     [ids] = reply.ids

@@ -18,7 +18,7 @@ from app.protocol import DifferenceRequest
 from app.steering import MAX_COEFFICIENT
 from app.tables import SteeringVector
 from app.web.access import EDITOR, VIEWER
-from app.web.pages import Config, Db, Gpu
+from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(prefix="/vector", tags=["steering"])
 
@@ -64,7 +64,7 @@ def new(body: New, session: Db) -> Response:
 @router.post("/difference", dependencies=[EDITOR])
 async def difference(body: Difference, session: Db, settings: Config, worker: Gpu) -> Response:
     """Compute a vector from two sets of texts and store it; its default strength is the difference's own norm."""
-    model = await run_in_threadpool(catalog.model_entry, session, body.modelId)
+    model = await read(session, catalog.model_entry, session, body.modelId)
     hook = f"blocks.{body.layerNumber}.{body.hookType}"
     asked = DifferenceRequest(
         model=catalog.model_ref(settings, model.card.id),

@@ -30,7 +30,7 @@ from app.settings import Settings
 from app.vectors import decoder_row
 from app.web.access import VIEWER
 from app.web.embed import SWITCHES, Embedded, embedded
-from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, render
+from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, read, render
 from app.web.problems import Problem, of
 
 router = APIRouter()
@@ -385,7 +385,7 @@ async def _try(
     text: str,
 ) -> Response:
     number = catalog.parse_index(index)
-    record = await run_in_threadpool(catalog.feature_record, session, model, source, number)
+    record = await read(session, catalog.feature_record, session, model, source, number)
     text = text.replace("\r\n", "\n")
     attempt = await attempt_text(settings, worker, record, text)
     headers = {}

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app import catalog
 from app.protocol import Loading
 from app.web.access import VIEWER
-from app.web.pages import Config, Db, Gpu, render
+from app.web.pages import Config, Db, Gpu, read, render
 
 router = APIRouter()
 
@@ -35,9 +34,8 @@ async def loading(
 
     static/loading.js asks again until then.
     """
-    card = (await run_in_threadpool(catalog.model_entry, session, model)).card
-    saes = [await run_in_threadpool(catalog.source_card, session, card.id, name) for name in dict.fromkeys(source)]
-    session.rollback()  # no transaction waits for the worker
+    card = (await read(session, catalog.model_entry, session, model)).card
+    saes = [await read(session, catalog.source_card, session, card.id, name) for name in dict.fromkeys(source)]
     waiting = await worker.loading(
         catalog.model_ref(settings, card.id), [catalog.sae_ref(settings, sae) for sae in saes]
     )

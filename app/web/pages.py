@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import jinja2
@@ -15,6 +15,7 @@ import orjson
 from fastapi import Depends, Request
 from markupsafe import Markup, escape
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -26,22 +27,27 @@ from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES, STATIC = ROOT / "templates", ROOT / "static"
+T = TypeVar("T")
 _SIGNS = {"\t": "⇥", "\r": "␍"}
 _PART = Markup('<i class="part" title="{}">⋯</i>').format(present.PART)
 _CUT = '<i class="cut">…</i>'
 _TICKED = re.compile(r"`([^`]+)`")
 
 
-def _session(request: Request) -> Iterator[Session]:
-    with request.app.state.sessions() as session:
+async def _session(request: Request) -> AsyncIterator[Session]:
+    # None of these dependencies is a plain function: FastAPI would run each in a thread, for every request.
+    session: Session = request.app.state.sessions()
+    try:
         yield session
+    finally:
+        session.close()
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     return request.app.state.settings
 
 
-def _worker(request: Request) -> Worker:
+async def _worker(request: Request) -> Worker:
     return request.app.state.worker
 
 
@@ -98,6 +104,20 @@ def render(
 ) -> Response:
     actor = getattr(request.state, "actor", None)
     return request.app.state.pages.html(name, page, actor, status=status, headers=headers)
+
+
+async def read(session: Session, look: Callable[..., T], *asked: Any) -> T:
+    """Look something up in a thread, and end the transaction with it.
+
+    A request that waits for the device must hold no connection: a few of them would leave none for the pages.
+    """
+
+    def looking() -> T:
+        found = look(*asked)
+        session.commit()
+        return found
+
+    return await run_in_threadpool(looking)
 
 
 def partial(request: Request) -> bool:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, get_args
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, field_validator
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations
@@ -23,7 +22,7 @@ from app.saecharts import Figure, Thumbnail
 from app.tables import Job
 from app.validations import Validation
 from app.web.access import EDITOR, VIEWER
-from app.web.pages import Config, Db, Gpu, partial, query, render
+from app.web.pages import Config, Db, Gpu, partial, query, read, render
 
 router = APIRouter()
 
@@ -256,7 +255,7 @@ def export(
 @router.get("/{model}/{source}/memory", dependencies=[VIEWER])
 async def memory(request: Request, model: str, source: str, session: Db, settings: Config, worker: Gpu) -> Response:
     """The line that says where the SAE's weights are, fetched after the page so that no page waits for the worker."""
-    found = await run_in_threadpool(catalog.source_card, session, model, source)
+    found = await read(session, catalog.source_card, session, model, source)
     return render(request, "_memory.html", await placement(worker, settings, found))
 
 

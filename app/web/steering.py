@@ -26,7 +26,7 @@ from app.protocol import Operation, Positions, SteerMethod
 from app.steering import Completion, Control
 from app.sweeps import Point, Suggestion
 from app.web.access import VIEWER
-from app.web.pages import Config, Db, Gpu, query, render
+from app.web.pages import Config, Db, Gpu, query, read, render
 
 router = APIRouter()
 
@@ -249,7 +249,7 @@ def _page(
 async def steer_form(request: Request, model: str, session: Db, settings: Config, worker: Gpu) -> Response:
     """Run the form of a browser without JavaScript and go to the run's address."""
     fields = parse_qs((await request.body()).decode("utf-8", "replace"), keep_blank_values=True)
-    entry = await run_in_threadpool(catalog.model_entry, session, model)
+    entry = await read(session, catalog.model_entry, session, model)
     body = _form(model, fields)
     if fields.get("add", [""])[0].strip():
         return RedirectResponse(_address(entry, body, fields["add"][0].strip().replace("/", ":")), 303)

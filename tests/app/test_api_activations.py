@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -181,6 +185,22 @@ def test_odd_texts_get_right_results(live: Live, text: str) -> None:
     body = live.post("activation/new", {"feature": key(), "customText": text}).json()
     assert "".join(body["tokens"]) == text
     assert len(body["values"]) == len(body["tokens"])
+
+
+def test_requests_that_wait_for_the_worker_leave_the_pages_their_connections(live: Live) -> None:
+    body = {"feature": key(3), "customText": TEXT}
+    assert live.post("activation/new", body).status_code == 200
+    live.worker.signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(40) as clients, httpx.Client(base_url=live.url, timeout=60) as http:
+            waiting = [clients.submit(http.post, "/api/activation/new", json=body) for _ in range(40)]
+            time.sleep(1)
+            assert http.get("/tiny", timeout=5).status_code == 200
+            assert not any(answer.done() for answer in waiting)
+            live.worker.signal(signal.SIGCONT)
+            assert [answer.result().status_code for answer in waiting] == [200] * 40
+    finally:
+        live.worker.signal(signal.SIGCONT)
 
 
 def test_a_lone_surrogate_is_refused(live: Live) -> None:

@@ -31,6 +31,7 @@ from app.protocol import (
     AttributeRequest,
     ChatRequest,
     DifferenceRequest,
+    EncodeReply,
     EncodeRequest,
     End,
     FaithfulRequest,
@@ -143,8 +144,13 @@ async def tokenize(worker: Worker, request: Request) -> Response:
 
 async def encode(worker: Worker, request: Request) -> Response:
     asked = await _body(request, EncodeRequest)
+    saes = [query.sae for query in asked.queries]
+    # Here and not in a request of its own before: that would be a third of the time of a text that is kept.
+    loading = await worker.residents.load(asked.model, saes, min(5.0, worker.settings.request_seconds / 2))
+    if loading:
+        return _json(EncodeReply(texts=[], loading=list(loading)).model_dump())
     with worker.lane.admit():
-        async with worker.residents.hold(asked.model, [query.sae for query in asked.queries]) as held:
+        async with worker.residents.hold(asked.model, saes) as held:
             rows = await asyncio.to_thread(_ids, held.language, asked.texts, asked.prepend_bos)
             limit = min(worker.settings.max_text_tokens, held.language.card.n_ctx)
             _check_lengths(rows, limit, asked.model.id)
@@ -152,11 +158,10 @@ async def encode(worker: Worker, request: Request) -> Response:
             for query in asked.queries:
                 _check_fits(held, [(query.sae, 0)])
             queries = [(held.saes[query.sae.path], query) for query in asked.queries]
-            texts = [Text(row, queries) for row in rows]
-            answers = await worker.lane.encode(held.language, texts, worker.settings.request_seconds)
-    return _json(
-        {"texts": [{"ids": row, "saes": [_plain(a) for a in acts]} for row, acts in zip(rows, answers, strict=True)]}
-    )
+            asked_of = [Text(row, queries) for row in rows]
+            answers = await worker.lane.encode(held.language, asked_of, worker.settings.request_seconds)
+    texts = [{"ids": row, "saes": [_plain(a) for a in acts]} for row, acts in zip(rows, answers, strict=True)]
+    return _json({"texts": texts, "loading": []})
 
 
 async def predict(worker: Worker, request: Request) -> Response:

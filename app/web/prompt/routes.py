@@ -21,7 +21,7 @@ from app.protocol import ChatMessage, ChatRequest, EncodeReply, EncodeRequest, L
 from app.settings import Settings
 from app.web.access import VIEWER
 from app.web.guard import CHART_POLICY
-from app.web.pages import Config, Db, Gpu, partial, render
+from app.web.pages import Config, Db, Gpu, partial, read, render
 from app.web.problems import Problem, of
 from app.web.prompt import closer, reading
 from app.web.prompt.reading import Focus, Reading
@@ -118,8 +118,8 @@ async def save(request: Request, model: str, session: Db, settings: Config) -> R
 
 @router.get("/{model}/prompt/{run_id}", dependencies=[VIEWER])
 async def saved(request: Request, model: str, run_id: str, session: Db, settings: Config, worker: Gpu) -> Response:
-    entry = await run_in_threadpool(catalog.model_entry, session, model)
-    run = await run_in_threadpool(prompts.get, session, entry.card.id, run_id)
+    entry = await read(session, catalog.model_entry, session, model)
+    run = await read(session, prompts.get, session, entry.card.id, run_id)
     hashes, values, path = dict(run.hashes), dict(run.request), prompts.path(run)
     return await _answer(request, model, values, session, settings, worker, path, hashes)
 
@@ -191,7 +191,7 @@ async def _answer(
     kept: str = "",
     hashes: Mapping[str, str] | None = None,
 ) -> Response:
-    entry = await run_in_threadpool(catalog.model_entry, session, model)
+    entry = await read(session, catalog.model_entry, session, model)
     page = PromptPage(entry, Lab(), (), None, saved=kept)
     try:
         lab = lab_of(values)
@@ -253,7 +253,7 @@ async def _reading(
     own = [index for name, index in lab.pinned() if name == source.name and index < source.d_sae]
     chosen = lab.feature if lab.feature is not None and lab.feature < source.d_sae else None
     wanted = seen | set(own) | ({chosen} if chosen is not None else set())
-    rows = await run_in_threadpool(catalog.rows, session, source, wanted)
+    rows = await read(session, catalog.rows, session, source, wanted)
     words = catalog.vocabulary_of(settings, page.entry.card.id)
     bos = page.entry.card.bos_token_id
     focuses = [
@@ -283,7 +283,7 @@ async def _reading(
         n_features=n_features,
         score=reading.HEADINGS[lab.sort],
         cut=_cut(focus),
-        pins=await run_in_threadpool(_pins, page, session, reply, focus),
+        pins=await read(session, _pins, page, session, reply, focus),
     )
     return await close.look(shown, page.sources)
 
@@ -300,7 +300,7 @@ async def _scores(close: closer.Closer, session: Session) -> Mapping[int, float]
             return reading.density_weighted(focus)
         case "quantile":
             indices = reading.maxima(focus)
-            evidence = await run_in_threadpool(prompts.evidence_of, session, focus.source, indices)
+            evidence = await read(session, prompts.evidence_of, session, focus.source, indices)
             return reading.quantiles(focus, evidence)
         case "loss":
             return await close.loss_effects()
