@@ -50,9 +50,10 @@ from app.model_kwargs import CENTRED, KEY
 from app.people import Role
 from app.placement import placement
 from app.settings import Settings
-from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec, TrainSpec
+from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
+from app.trainspecs import TrainSpec
 
 Report = Callable[[float, str], None]
 SpecT = TypeVar("SpecT", bound=BaseModel)
@@ -492,11 +493,11 @@ def train(
 ) -> None:
     """Queue the training of an SAE."""
     asked = _read_spec(spec, TrainSpec)
-    title = f"Train {asked.model}/{asked.source}: TopK k={asked.k}, d_sae={asked.d_sae:,}"
+    title = asked.title
     with _session(Settings()) as session:
         catalog.model_entry(session, asked.model)
         corpora.corpus_named(session, asked.corpus)
-        job_id = jobs.submit(session, Settings(), "train", title, asked.model_dump()).id
+        job_id = jobs.submit(session, Settings(), "train", title, asked.model_dump(mode="json", exclude_none=True)).id
     _queued(job_id, title, watch)
 
 

@@ -23,6 +23,9 @@ from app.api import (
     unknown,
     vector,
 )
+from app.api import (
+    lists as lists_api,
+)
 from app.gpu import Worker
 from app.labelindex import LabelIndex
 from app.settings import Settings
@@ -36,6 +39,7 @@ from app.web import (
     feature,
     home,
     job,
+    lists,
     loading,
     map,
     palette,
@@ -93,7 +97,19 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.mount("/static", VersionedStatic(version), name="static")
-    for api in (features, explanations, activations, attribution, steer, steer_lab, vector, tokenize, queue, unknown):
+    for api in (
+        features,
+        explanations,
+        activations,
+        attribution,
+        steer,
+        steer_lab,
+        vector,
+        tokenize,
+        queue,
+        lists_api,
+        unknown,
+    ):
         app.include_router(api.router, prefix="/api")
     app.include_router(health.router)
     for pages in (
@@ -105,6 +121,7 @@ def create_app(settings: Settings) -> FastAPI:
         corpora,
         docs,
         job,
+        lists,
         search,
         palette,
         upload,

@@ -175,7 +175,12 @@ class Example:
 
 def top_examples(session: Session, hits: Sequence[Hit]) -> dict[tuple[int, int], Example]:
     """Return the evidence of hits by (source id, index), in one query."""
-    wanted = sorted({(hit.source_id, hit.feature.index) for hit in hits})
+    return examples_of(session, [(hit.source_id, hit.feature.index) for hit in hits])
+
+
+def examples_of(session: Session, features: Collection[tuple[int, int]]) -> dict[tuple[int, int], Example]:
+    """Return the evidence of features named by (source id, index), in one query."""
+    wanted = sorted(set(features))
     if not wanted:
         return {}
     rows = session.execute(

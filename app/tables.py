@@ -497,3 +497,35 @@ class FailedLogins(Table):
     key: Mapped[str] = mapped_column(String(160), primary_key=True)
     n: Mapped[int]
     since: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class FeatureList(Table):
+    """Features somebody put together, in an order, under an address."""
+
+    __tablename__ = "feature_lists"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """Random: who has the address of a list that is shared by link may see it."""
+    name: Mapped[Slug]
+    description: Mapped[LongText]
+    test_text: Mapped[LongText]
+    """Tried on all features when the list is opened; may be empty."""
+    owner: Mapped[Slug]
+    """Name of the person who made it."""
+    visibility: Mapped[str] = mapped_column(String(10))
+    """lists.Visibility"""
+    created_at: Mapped[Moment]
+    updated_at: Mapped[Moment]
+
+
+class ListedFeature(Table):
+    """A feature in a list, by its address: it stays when its SAE is removed and comes back with it."""
+
+    __tablename__ = "listed_features"
+
+    list_id: Mapped[str] = mapped_column(ForeignKey("feature_lists.id"), primary_key=True)
+    model_id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    source: Mapped[str] = mapped_column(String(200), primary_key=True)
+    index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
+    position: Mapped[int]
+    note: Mapped[LongText]

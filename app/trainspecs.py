@@ -414,9 +414,9 @@ class TrainSpec(Spec):
     @property
     def title(self) -> str:
         first = self.saes[0]
-        what = f"{first.architecture.label}, d_sae={first.d_sae:,}"
+        what = first.architecture.label + (f" k={first.k}" if first.k else "") + f", d_sae={first.d_sae:,}"
         if len(self.saes) == 1:
-            return f"Train {self.model}/{first.source}: {what}" + (f", k={first.k}" if first.k else "")
+            return f"Train {self.model}/{first.source}: {what}"
         return f"Train {len(self.saes)} SAEs of {self.model}: {first.source}, {self.saes[1].source}" + (
             ", …" if len(self.saes) > 2 else ""
         )

@@ -96,6 +96,8 @@ def test_what_changes_something_is_not_open_to_viewers_unless_listed_here() -> N
         "/explanation/search-release",
         "/features",
         "/features-offset",
+        "/list/get",
+        "/list/list",
         "/logout",
         "/model/list",
         "/search-all",

@@ -107,7 +107,7 @@ def lens(name: str, weights: dict[str, Tensor], aux: float) -> Any:
     own = LENS[name] | ({"aux_loss_coefficient": aux} if "topk" in name else {})
     if "jump" in name:
         own |= {"l0_coefficient": 0.3, "jumprelu_bandwidth": 0.8, "pre_act_loss_coefficient": 0.05}
-    sae: Any = cast(Any, sae_class)(config_class(d_in=D_IN, d_sae=D_SAE, **own))
+    sae: Any = cast(Any, sae_class)(cast(Any, config_class)(d_in=D_IN, d_sae=D_SAE, **own))
     for parameter, tensor in weights.items():
         getattr(sae, parameter.removesuffix("_T")).data = (
             tensor.detach().T.clone() if parameter == "W_enc_T" else tensor.detach().clone()

@@ -11,8 +11,8 @@ import torch
 
 from workers.sae.coders import StandardCoder
 from workers.sae.logits import fold_final_norm, logit_effects, nearest_between, nearest_rows
-from workers.sae.losses import TopKParameters, initial_parameters, normalise_rows, remove_parallel_gradient, topk_loss
 from workers.sae.stats import ReconstructionStats
+from workers.sae.training import TopK, normalise_rows, remove_parallel_gradient
 
 D_IN, D_SAE, K, BATCH = 5, 9, 3, 7
 
@@ -21,9 +21,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def parameters() -> TopKParameters:
-    made = initial_parameters(D_IN, D_SAE, random(D_IN, seed=5), torch.Generator().manual_seed(1))
-    return TopKParameters(*(torch.nn.Parameter(t) for t in made))
+OBJECTIVE = TopK(D_IN, D_IN, D_SAE, k=K, aux_k=2, aux_coefficient=1.0)
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    drawn = OBJECTIVE.initial(random(D_IN, seed=5), torch.Generator().manual_seed(1))
+    return {name: torch.nn.Parameter(tensor) for name, tensor in drawn.items()}
 
 
 def test_predicting_the_mean_explains_no_variance_and_the_identity_all() -> None:
@@ -35,7 +38,8 @@ def test_predicting_the_mean_explains_no_variance_and_the_identity_all() -> None
 
 
 def test_metrics_do_not_depend_on_how_rows_are_batched() -> None:
-    coder = StandardCoder(tensors=dict(parameters()._asdict()), config={"metadata": {"hook_name": "x"}})
+    p = parameters()
+    coder = StandardCoder(tensors={**p, "W_enc": p["W_enc_T"].T}, config={"metadata": {"hook_name": "x"}})
     x = random(BATCH, D_IN)
     whole, parts = ReconstructionStats(), ReconstructionStats()
     with torch.no_grad():
@@ -47,13 +51,13 @@ def test_metrics_do_not_depend_on_how_rows_are_batched() -> None:
 
 def test_the_loss_is_one_minus_explained_variance_of_the_k_largest() -> None:
     x, p = random(BATCH, D_IN, seed=2), parameters()
-    loss = topk_loss(x, p, K, torch.zeros(D_SAE, dtype=torch.bool), 4, 1 / 32)
+    loss = OBJECTIVE.losses(p, x, x, torch.zeros(D_SAE, dtype=torch.bool), 1.0)
     x_hat = torch.zeros_like(x)
     for row in range(BATCH):
-        pre = (x[row] - p.b_dec) @ p.W_enc + p.b_enc
+        pre = p["W_enc_T"] @ (x[row] - p["b_dec"]) + p["b_enc"]
         for latent in sorted(range(D_SAE), key=lambda i: -pre[i].item())[:K]:
-            x_hat[row] += pre[latent].clamp_min(0) * p.W_dec[latent]
-        x_hat[row] += p.b_dec
+            x_hat[row] += pre[latent].clamp_min(0) * p["W_dec"][latent]
+        x_hat[row] += p["b_dec"]
     expected = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
     torch.testing.assert_close(loss.total, expected)
 
@@ -62,24 +66,25 @@ def test_only_dead_latents_learn_from_the_aux_loss() -> None:
     x, p = random(BATCH, D_IN, seed=2), parameters()
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[[2, 6]] = True
-    with_aux = topk_loss(x, p, K, dead, 2, 1.0)
-    without = topk_loss(x, p, K, torch.zeros_like(dead), 2, 1.0)
+    with_aux = OBJECTIVE.losses(p, x, x, dead, 1.0)
+    without = OBJECTIVE.losses(p, x, x, torch.zeros_like(dead), 1.0)
     (with_aux.total - without.total).backward()
-    assert p.W_dec.grad is not None
-    assert set(p.W_dec.grad.abs().sum(-1).nonzero().flatten().tolist()) <= {2, 6}
-    assert float(with_aux.aux) > 0
+    grad = p["W_dec"].grad
+    assert grad is not None
+    assert set(grad.abs().sum(-1).nonzero().flatten().tolist()) <= {2, 6}
+    assert float(with_aux.penalties["aux"]) > 0
 
 
 def test_decoder_rows_keep_norm_one_and_gradients_stay_orthogonal() -> None:
-    p = parameters()
-    (p.W_dec * random(D_SAE, D_IN, seed=4)).sum().backward()
-    remove_parallel_gradient(p.W_dec)
-    assert p.W_dec.grad is not None
-    torch.testing.assert_close((p.W_dec.grad * p.W_dec).sum(-1), torch.zeros(D_SAE), atol=1e-6, rtol=0)
+    W_dec = parameters()["W_dec"]
+    (W_dec * random(D_SAE, D_IN, seed=4)).sum().backward()
+    remove_parallel_gradient(W_dec)
+    assert W_dec.grad is not None
+    torch.testing.assert_close((W_dec.grad * W_dec).sum(-1), torch.zeros(D_SAE), atol=1e-6, rtol=0)
     with torch.no_grad():
-        p.W_dec.add_(random(D_SAE, D_IN, seed=6))
-    normalise_rows(p.W_dec)
-    torch.testing.assert_close(p.W_dec.norm(dim=-1), torch.ones(D_SAE))
+        W_dec.add_(random(D_SAE, D_IN, seed=6))
+    normalise_rows(W_dec)
+    torch.testing.assert_close(W_dec.norm(dim=-1), torch.ones(D_SAE))
 
 
 def test_logit_effects_equal_a_loop_over_the_vocabulary() -> None:

@@ -20,14 +20,17 @@ from sqlalchemy import select
 
 from app import corpora, db, documents, jobs
 from app.corpora import Stream
+from app.errors import TooLarge
 from app.settings import Settings
-from app.specs import TrainSpec
 from app.tables import Job, JobMetric, JobState, Model, Source
+from app.trainplan import Part, Window
+from app.trainspecs import TrainSpec
 from tests.tiny import TEXT, Tiny
-from workers.activations import CachedActivations
+from workers.activations import Norms, Shard, Text, WindowReader
 from workers.language_model import LanguageModel
 from workers.trainer import train
 from workers.trainer.kinds import JobContext
+from workers.trainer.learning import Diverged, Learner, learning_rate
 
 SPEC: dict[str, Any] = {
     "model": "tiny",
@@ -74,7 +77,7 @@ def job(settings: Settings) -> JobContext:
 
 def context(settings: Settings, spec: dict[str, Any]) -> JobContext:
     make = db.sessions(db.connect(settings))
-    full = TrainSpec(**spec).model_dump(mode="json")
+    full = TrainSpec.model_validate(spec).model_dump(mode="json")
     with make.begin() as session:
         job = Job(kind="train", title="t", spec=full, workflow_id="w", result={}, state=JobState.RUNNING)
         session.add(job)
@@ -118,10 +121,11 @@ def test_sae_lens_reads_it_and_finds_the_same_explained_variance(job: JobContext
     model = LanguageModel.load(Path(tiny.model.path))
     tokens = corpora.tokens_dir(job.settings, corpus.hash, model.card.tokenizer_hash)
     stream = Stream.open(tokens)
-    spec = TrainSpec(**job.spec)
-    _, held_out = train.split(spec, stream, model.card.bos_token_id)
+    spec = TrainSpec.model_validate(job.spec)
+    _, held_out = train.split(spec, Text(model, stream, spec.context_size))
     ids = torch.from_numpy(stream.contexts(held_out[:800], spec.context_size, model.card.bos_token_id))
-    x = model.read(ids, [spec.hook_name])[spec.hook_name][:, 1:].flatten(0, 1)
+    hook = spec.saes[0].hook_name
+    x = model.read(ids, [hook])[hook][:, 1:].flatten(0, 1)
     x = x[x.norm(dim=-1) <= result["max_norm"]]
     with torch.no_grad():
         x_hat = theirs.decode(theirs.encode(x))
@@ -134,11 +138,11 @@ def test_the_loss_score_is_what_its_definition_says(job: JobContext, tiny: Tiny)
     score = (result["ce_loss_zero"] - result["ce_loss_sae"]) / (result["ce_loss_zero"] - result["ce_loss_clean"])
     assert result["ce_loss_score"] == pytest.approx(score)
     model = LanguageModel.load(Path(tiny.model.path))
-    spec = TrainSpec(**job.spec)
+    spec = TrainSpec.model_validate(job.spec)
     with job.sessions() as session:
         corpus = corpora.corpus_named(session, "c")
     stream = Stream.open(corpora.tokens_dir(job.settings, corpus.hash, model.card.tokenizer_hash))
-    _, held_out = train.split(spec, stream, model.card.bos_token_id)
+    _, held_out = train.split(spec, Text(model, stream, spec.context_size))
     rows = held_out[: -(-spec.n_eval_tokens // spec.context_size)]
     ids = torch.from_numpy(stream.contexts(rows, spec.context_size, model.card.bos_token_id))
     with torch.no_grad():
@@ -166,7 +170,7 @@ def test_a_trainer_killed_in_mid_step_ends_with_the_weights_of_an_uninterrupted_
     run(whole)
     expected = weights(whole)
     with whole.sessions.begin() as session:
-        job_id = jobs.submit(session, settings, "train", "t", TrainSpec(**spec).model_dump(mode="json")).id
+        job_id = jobs.submit(session, settings, "train", "t", TrainSpec.model_validate(spec).model_dump(mode="json")).id
     trainer = start(settings)
     wait(whole, job_id, lambda job: job.status.startswith("step") and job.done > 0.3)
     trainer.send_signal(signal.SIGKILL)
@@ -205,37 +209,69 @@ def wait(context: JobContext, job_id: int, ready: Any, seconds: float = 120) -> 
     raise AssertionError("the job did not get there in time")
 
 
-def test_a_loss_that_is_no_number_stops_the_job_with_the_step_and_the_cause(settings: Settings) -> None:
-    spec = TrainSpec(**(SPEC | {"lr": 1.0, "warmup_steps": 0}))
-    state = train.TrainingState.fresh(spec, torch.zeros(24))
-    with pytest.raises(train.Diverged, match=r"at step 0.*lr"):
-        train._train_step(state, spec, torch.full((8, 24), float("nan")), 10)
+def test_a_loss_that_is_no_number_stops_the_job_with_the_step_and_the_cause() -> None:
+    (sae,) = TrainSpec.model_validate(SPEC | {"lr": 1.0, "warmup_steps": 0}).saes
+    learner = Learner.fresh(sae, 24, torch.zeros(24))
+    bad = torch.full((8, 24), float("nan"))
+    with pytest.raises(Diverged, match=r"at step 0: the activations at blocks.1.hook_resid_post are not finite"):
+        learner.learn(bad, bad, 10, torch.float32, measure=False)
+    good = torch.randn(8, 24)
+    learner.learn(good, good, 10, torch.float32, measure=False)
+    with torch.no_grad():
+        learner.weights["W_dec"][3] = float("inf")
+    with pytest.raises(Diverged, match=r"at step 1 .*W_dec not finite. Lower lr to 3.3e-01"):
+        learner.learn(good, good, 10, torch.float32, measure=False)
 
 
 @pytest.mark.parametrize("hook_name", ["garbage", "blocks.1.hook_nonsense", "blocks.x.hook_resid_post"])
 def test_a_hook_that_is_none_is_refused_by_the_spec(hook_name: str) -> None:
     with pytest.raises(ValidationError, match="hook_name"):
-        TrainSpec(**(SPEC | {"hook_name": hook_name}))
+        TrainSpec.model_validate(SPEC | {"hook_name": hook_name})
 
 
 def test_a_cache_over_the_budget_is_refused_with_both_numbers(settings: Settings) -> None:
-    small = settings.model_copy(update={"cache_bytes": 1_000_000})
-    asked = context(small, SPEC | {"n_tokens": 1_000_000})
-    with pytest.raises(Exception, match=r"0\.0 GB.*limit is 0\.0 GB"):
+    small = settings.model_copy(update={"cache_bytes": 100_000})
+    asked = context(small, SPEC | {"cache": "disk"})
+    with pytest.raises(TooLarge, match=r"0\.0 GB.*limit is 0\.0 GB"):
         train.Train().plan(asked)
 
 
-def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(tmp_path: Path) -> None:
-    for i, size in enumerate((5, 0, 7)):
-        np.save(tmp_path / f"{i}.npy", np.arange(i * 5, i * 5 + size, dtype=np.float16)[:, None].repeat(2, 1))
-    data = CachedActivations([tmp_path / f"{i}.npy" for i in range(3)])
-    epochs = [torch.cat([data.batch(1, epoch, n, 4) for n in range(3)])[:, 0].tolist() for epoch in (0, 1)]
-    assert len(data) == 12
-    assert all(len(set(epoch)) == 12 for epoch in epochs)
-    assert set(data.batch(1, 0, 0, 4)[:, 0].tolist()) != set(data.batch(1, 1, 0, 4)[:, 0].tolist())
+def test_a_window_serves_every_row_that_is_no_outlier_once_in_an_order_of_its_own(tmp_path: Path) -> None:
+    shards: dict[int, dict[str, Shard]] = {}
+    for number, size in enumerate((5, 8, 7)):
+        for hook, factor in (("a", 1), ("b", 2)):
+            shard = shards.setdefault(number, {})[hook] = Shard(tmp_path / hook, number, size)
+            shard.directory.mkdir(exist_ok=True)
+            (shard.directory / "power.json").write_text("2.0")
+            values = factor * np.arange(number * 10, number * 10 + size, dtype=np.float32)
+            np.save(shard.file, (2 * values)[:, None].repeat(4, 1).astype(np.float16))
+            np.save(shard.norms_file, values)
+    norms = {"a": Norms(25.0, 2.0, (0.0,) * 4), "b": Norms(100.0, 2.0, (0.0,) * 4)}
+    window = Window(6, 3, tuple(Part(number, 0, 0, 1) for number in range(3)))
+    reader = WindowReader(window, shards, norms, seed=1)
+    batches = [reader.batch(step) for step in (6, 7, 8)]
+    seen = torch.cat([batch["a"][:, 0] for batch in batches]).tolist()
+    assert sorted(seen) == [*range(5), *range(10, 18), *range(20, 26)]
+    assert [len(batch["a"]) for batch in batches] == [6, 6, 7]
+    assert all(torch.equal(batch["b"], 2 * batch["a"]) for batch in batches)
+    other = WindowReader(window, shards, norms, seed=2)
+    assert set(other.batch(6)["a"][:, 0].tolist()) != set(batches[0]["a"][:, 0].tolist())
+
+
+def test_the_parts_of_a_shard_are_all_of_it(tmp_path: Path) -> None:
+    shard = Shard(tmp_path, 3, 2)
+    (tmp_path / "power.json").write_text("1.0")
+    np.save(shard.file, np.arange(29, dtype=np.float16)[:, None])
+    np.save(shard.norms_file, np.zeros(29, dtype=np.float32))
+    norms = {"a": Norms(1.0, 1.0, (0.0,))}
+    seen: list[float] = []
+    for number in range(8):
+        reader = WindowReader(Window(number, 1, (Part(3, 0, number, 8),)), {3: {"a": shard}}, norms, seed=5)
+        seen += reader.batch(number)["a"][:, 0].tolist()
+    assert sorted(seen) == list(range(29))
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
-    spec = TrainSpec(**SPEC)
-    rates = [train.learning_rate(step, 100, spec) / spec.lr for step in (0, 4, 50, 85, 99)]
+    (sae,) = TrainSpec.model_validate(SPEC).saes
+    rates = [learning_rate(step, 100, sae) / sae.lr for step in (0, 4, 50, 85, 99)]
     assert rates == pytest.approx([0.2, 1.0, 1.0, 0.5, 1 / 30])

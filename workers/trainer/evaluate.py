@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from app.corpora import Report, Stream
-from workers.activations import outlier_limit, read_contexts
+from workers.activations import Text, outlier_limit, read_contexts
 from workers.language_model import Edit, LanguageModel
 from workers.sae.coders import Coder
 from workers.sae.stats import ReconstructionStats
@@ -49,6 +49,13 @@ def evaluate(
     held_out = _HeldOut(model, coder, stream, context_size, bos, limit, watch)
     metrics = _reconstruction(held_out, rows, lambda share, said: report(share * 0.5, said))
     return metrics | _spliced(held_out, rows[:n_loss_contexts], lambda share, said: report(0.5 + share * 0.5, said))
+
+
+def ce_loss_score(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: float) -> float:
+    """Return the score alone, on some contexts; tokens with a norm above the limit stay as they are."""
+    bos = text.model.bos_for(coder.config)
+    held_out = _HeldOut(text.model, coder, text.stream, text.context_size, bos, limit, lambda n_tokens, metrics: None)
+    return _spliced(held_out, rows, lambda share, said: None)["ce_loss_score"]
 
 
 @dataclass(frozen=True)

@@ -1,190 +1,373 @@
-"""The job that trains an SAE: tokenise, cache activations, optimise, evaluate, catalogue.
+"""The job that trains SAEs: tokenise, read activations, optimise, evaluate, catalogue.
 
-Everything that survives a crash lies in the job's directory: activation shards, and one checkpoint with weights, the
-optimiser's moments and the counters. Data order depends on the seed alone, so a resumed run ends with the same weights.
+One pass of the model serves all SAEs of a job. What survives a crash lies in shards of activations and in one
+checkpoint an SAE with weights, moments and counters. The order of the data depends on the seed alone, so a resumed run
+ends with the same bits. Each SAE goes on from its own checkpoint, whichever of them a crash left behind.
+
+    jobs/{id}/plan.json             what was decided at the start (app.trainplan)
+             /norms.json            scales and limits of each hook, from the first shard
+             /{source}.safetensors  checkpoints
+             /{source}.metrics.json, sae/{source}/       at the end
+             /buffer/{hook}/        shards of the window, where they are not cached
+             /spent.json            seconds and work so far, for the estimate of later jobs
+             /snapshots/            app.curves; stays
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
 from sqlalchemy.orm import Session
-from torch import Tensor
 
-from app import corpora, harvests, jobs, weights
-from app.corpora import Stream
-from app.errors import AtlasError, TooLarge
-from app.specs import HarvestSpec, TrainSpec
+from app import corpora, curves, harvests, jobs, trainplan, weights
+from app.errors import TooLarge
+from app.specs import HarvestSpec
+from app.tables import Source
+from app.trainplan import Plan, Window
+from app.trainspecs import SaeSpec, TrainSpec
 from workers import checkpoints
-from workers.activations import CachedActivations, norms_of, write_shard
+from workers.activations import Norms, Rows, Shard, Text, WindowReader, norms_of, write_shards
 from workers.corpora import tokenised
 from workers.device import device_of
-from workers.language_model import LanguageModel
-from workers.sae.losses import TopKParameters, initial_parameters, normalise_rows, remove_parallel_gradient, topk_loss
-from workers.trainer import loaded
+from workers.trainer import caches, loaded, watching
 from workers.trainer.evaluate import evaluate
 from workers.trainer.kinds import JobContext, JobKind
+from workers.trainer.learning import Learner, fast_precision
 
-TOKENS_PER_SHARD = 65_536
 STEPS_PER_METRIC = 10
-
-
-class Diverged(AtlasError):
-    """The loss is no number any more."""
-
-
-@dataclass
-class TrainingState:
-    """Weights, optimiser and counters after `step` optimiser steps."""
-
-    step: int
-    parameters: TopKParameters
-    optimiser: torch.optim.Adam
-    tokens_since_active: Tensor
-    """[d_sae] tokens seen since each latent was last chosen."""
-
-    @classmethod
-    def fresh(cls, spec: TrainSpec, mean: Tensor) -> TrainingState:
-        generator = torch.Generator().manual_seed(spec.seed)
-        # Drawn on the CPU, so that a seed means the same weights on every device.
-        drawn = initial_parameters(len(mean), spec.d_sae, mean.cpu(), generator)
-        tensors = {name: tensor.to(mean.device) for name, tensor in drawn._asdict().items()}
-        return cls._of(0, tensors, torch.zeros(spec.d_sae, dtype=torch.long, device=mean.device))
-
-    @classmethod
-    def load(cls, path: Path, device: str = "cpu") -> TrainingState:
-        stored = load_file(path, device=device)
-        step = int(stored["step"])
-        state = cls._of(step, stored, stored["tokens_since_active"])
-        for name, parameter in state.parameters._asdict().items():
-            state.optimiser.state[parameter] = {
-                "step": torch.tensor(float(step), device=device),
-                "exp_avg": stored[f"exp_avg.{name}"],
-                "exp_avg_sq": stored[f"exp_avg_sq.{name}"],
-            }
-        return state
-
-    @classmethod
-    def _of(cls, step: int, tensors: dict[str, Tensor], tokens_since_active: Tensor) -> TrainingState:
-        parameters = TopKParameters(*(torch.nn.Parameter(tensors[name]) for name in TopKParameters._fields))
-        return cls(step, parameters, torch.optim.Adam(parameters, fused=True), tokens_since_active)
-
-    def save(self, path: Path) -> None:
-        """Write the checkpoint, whole or not at all."""
-        tensors: dict[str, Tensor] = {"step": torch.tensor(self.step), "tokens_since_active": self.tokens_since_active}
-        for name, parameter in self.parameters._asdict().items():
-            moments = self.optimiser.state[parameter]
-            tensors |= {
-                name: parameter.detach(),
-                f"exp_avg.{name}": moments["exp_avg"],
-                f"exp_avg_sq.{name}": moments["exp_avg_sq"],
-            }
-        scratch = path.with_suffix(".new")
-        save_file(tensors, scratch)
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(scratch, path)
+_KEPT = (curves.SNAPSHOTS,)
 
 
 class Train(JobKind):
     name = "train"
 
     def title(self, spec: dict[str, Any]) -> str:
-        asked = TrainSpec(**spec)
-        return f"Train {asked.model}/{asked.source}: TopK k={asked.k}, d_sae={asked.d_sae:,}"
+        return TrainSpec(**spec).title
 
     def plan(self, context: JobContext) -> list[str]:
-        spec = TrainSpec(**context.spec)
-        model = loaded.model(context, spec.model)
-        stream = _stream(context, spec, model)
-        d_in = model.hook_size(spec.hook_name)
-        needed = spec.n_tokens * d_in * 2
-        if needed > context.settings.cache_bytes:
-            raise TooLarge(
-                f"Caching {spec.n_tokens:,} tokens of {d_in} values takes {needed / 1e9:.1f} GB, the limit is "
-                f"{context.settings.cache_bytes / 1e9:.1f} GB. Lower n_tokens or raise SAE_ATLAS_CACHE_BYTES."
-            )
-        rows, _ = split(spec, stream, model.card.bos_token_id)
-        n_shards = -(-len(rows) * spec.context_size // TOKENS_PER_SHARD)
-        n_steps = (len(rows) * (spec.context_size - 1) // spec.batch_size) * spec.epochs
-        if n_steps == 0:
-            raise TooLarge(
-                f"A batch is {spec.batch_size:,} tokens, the corpus gives {len(rows) * (spec.context_size - 1):,}."
-            )
-        n_chunks = -(-n_steps // spec.steps_per_checkpoint)
-        return [
-            *(f"activations {i + 1}/{n_shards}" for i in range(n_shards)),
-            *(f"optimise {i + 1}/{n_chunks}" for i in range(n_chunks)),
-            "evaluate",
-        ]
+        run = Run.begin(context)
+        steps = run.plan.n_steps
+        if run.plan.cached:
+            n_shards, n_chunks = len(run.plan.shards), -(-steps // run.spec.steps_per_checkpoint)
+            names = [f"activations {i + 1}/{n_shards}" for i in range(n_shards)]
+            names += [f"optimise {i + 1}/{n_chunks}" for i in range(n_chunks)]
+        else:
+            n_windows = len(run.plan.windows)
+            names = [f"window {i + 1}/{n_windows}" for i in range(n_windows)]
+        n_saes = len(run.spec.saes)
+        return [*names, *(f"evaluate {i + 1}/{n_saes}" for i in range(n_saes))]
 
     def run(self, context: JobContext, step: str) -> None:
-        spec = TrainSpec(**context.spec)
+        run = Run.resume(context)
         match step.split():
             case ["activations", place]:
-                _cache_activations(context, spec, *_place(place))
+                run.read_shard(_place(place)[0], "activations")
             case ["optimise", place]:
-                _optimise(context, spec, *_place(place))
+                run.optimise_chunk(_place(place)[0])
+            case ["window", place]:
+                run.optimise_window(_place(place)[0])
+            case [_, place]:
+                _evaluate(run, run.spec.saes[_place(place)[0]])
             case _:
-                _evaluate(context, spec)
+                raise AssertionError(step)
 
     def finish(self, context: JobContext) -> dict[str, Any]:
         if (done := context.directory / loaded.RESULT).exists():
             return json.loads(done.read_text())
-        spec = TrainSpec(**context.spec)
-        metrics = json.loads((context.directory / "metrics.json").read_text())
+        run = Run.resume(context)
+        metrics = {
+            s.source: json.loads((context.directory / f"{s.source}.metrics.json").read_text()) for s in run.spec.saes
+        }
         with context.sessions.begin() as session:
-            source = harvests.catalogue_sae(
-                session,
-                context.settings,
-                weights.check_sae(context.directory / "sae", None, context.settings),
-                model_id=spec.model,
-                set_name=spec.set_name,
-                metrics=metrics,
-                origin={
-                    "kind": "trained",
-                    "job": context.job_id,
-                    "spec": spec.model_dump(mode="json", exclude={"harvest_tokens"}),
-                },
-            )
-            if spec.harvest_tokens:
-                harvest = HarvestSpec(
-                    model=spec.model,
-                    sources=(source.name,),
-                    corpus=spec.corpus,
-                    n_tokens=spec.harvest_tokens,
-                    context_size=spec.context_size,
-                )
-                _queue_once(session, context, f"Harvest {spec.model}/{source.name}", harvest.model_dump(mode="json"))
-            url = f"/{spec.model}/{source.name}"
-        result = {"url": url, **metrics}
-        loaded.leave_only_result(context, result)
+            for sae in run.spec.saes:
+                _catalogue(session, run, sae, metrics[sae.source])
+            _queue_harvest(session, run)
+        result: dict[str, Any] = {"url": f"/{run.spec.model}/{run.spec.saes[0].source}"}
+        result |= metrics[run.spec.saes[0].source] if len(metrics) == 1 else {"saes": metrics}
+        result["speed"] = run.spent.speed()
+        _forget_learners(context.directory)
+        _leave_result(context, result)
         return result
 
 
-def _queue_once(session: Session, context: JobContext, title: str, spec: dict[str, Any]) -> None:
-    """Queue the harvest of a trained SAE, unless an interrupted `finish` has done so already."""
-    later = (job for job in jobs.recent(session) if job.id > context.job_id and job.kind == "harvest")
-    if not any(job.spec == spec for job in later):
-        jobs.submit(session, context.settings, "harvest", title, spec)
+@dataclass
+class Spent:
+    """Seconds and work of a job so far. A crash may lose the last step's: nothing depends on it but estimates."""
+
+    forward_seconds: float = 0.0
+    forward_flops: float = 0.0
+    step_seconds: float = 0.0
+    step_flops: float = 0.0
+
+    def speed(self) -> dict[str, float]:
+        """Return floating-point operations a second, as app.trainplan.measured_speed reads them."""
+        return {
+            "forward": self.forward_flops / self.forward_seconds if self.forward_seconds else 0.0,
+            "step": self.step_flops / self.step_seconds if self.step_seconds else 0.0,
+        }
 
 
-def split(spec: TrainSpec, stream: Stream, bos: int | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the context rows to train on, in random order, and the held-out rows at the corpus' end."""
-    n = stream.n_contexts(spec.context_size, bos)
-    n_train = int(n * (1 - spec.held_out))
-    wanted = min(n_train, -(-spec.n_tokens // (spec.context_size - 1)))
-    rows = np.random.default_rng([spec.seed, 0]).permutation(n_train)[:wanted]
+@dataclass
+class Run:
+    """A job under way: what it was asked, what was decided, and the text that it reads."""
+
+    context: JobContext
+    spec: TrainSpec
+    text: Text
+    plan: Plan
+    rows: Rows
+    """Contexts to train on, in the order of the shards."""
+    held_out: Rows
+    directory: Path
+    """Of the shards."""
+    spent: Spent
+
+    @classmethod
+    def begin(cls, context: JobContext) -> Run:
+        """Decide what depends on the state of the disk, once, and judge whether the job can run at all."""
+        spec = TrainSpec(**context.spec)
+        text = _text(context, spec)
+        for sae in spec.saes:
+            for hook in sae.hooks:
+                text.model.hook_size(hook)  # raises BadInput for a hook that the model does not have
+        n_train = _n_train(spec, text)
+        plan = trainplan.plan(spec, text.model.card, context.settings.cache_bytes, n_train)
+        if plan.n_steps == 0:
+            raise TooLarge(
+                f"A batch is {spec.batch_size:,} tokens, the corpus gives "
+                f"{plan.n_contexts * trainplan.tokens_per_context(spec):,}."
+            )
+        _write_json(context.directory / "plan.json", {"cached": plan.cached})
+        return cls.resume(context)
+
+    @classmethod
+    def resume(cls, context: JobContext) -> Run:
+        spec = TrainSpec(**context.spec)
+        text = _text(context, spec)
+        card, n_train = text.model.card, _n_train(spec, text)
+        cached = bool(json.loads((context.directory / "plan.json").read_text())["cached"])
+        decided = spec.model_copy(update={"cache": "disk" if cached else "buffer"})
+        plan = trainplan.plan(decided, card, context.settings.cache_bytes, n_train)
+        rows, held_out = split(spec, text)
+        if cached:
+            corpus_hash = _corpus_hash(context, spec)
+            directory = caches.cache_dir(
+                context.settings, card.hash, corpus_hash, card.tokenizer_hash, spec.context_size, n_train, "bfloat16"
+            )
+            n_rows = plan.n_contexts * trainplan.tokens_per_context(spec)
+            caches.use(context, directory, n_rows * trainplan.row_bytes(spec, card))
+        else:
+            directory = context.directory / "buffer"
+        file = context.directory / "spent.json"
+        spent = Spent(**json.loads(file.read_text())) if file.exists() else Spent()
+        return cls(context, spec, text, plan, rows, held_out, directory, spent)
+
+    @property
+    def device(self) -> str:
+        return device_of(self.context.settings)
+
+    def shards(self, number: int) -> dict[str, Shard]:
+        start, stop = self.plan.shards[number]
+        return {hook: Shard(self.directory / hook, number, stop - start) for hook in self.spec.hooks}
+
+    def read_shard(self, number: int, what: str) -> None:
+        """Make the shard, unless it is there; a look at it tells the scales where it is the first."""
+        start, stop = self.plan.shards[number]
+        began = time.monotonic()
+        n_tokens = (stop - start) * self.spec.context_size
+
+        def progress(share: float) -> None:
+            speed = share * n_tokens / max(time.monotonic() - began, 1e-6)
+            said = f"{what} {number + 1} of {len(self.plan.shards)}, {speed:,.0f} tokens/s"
+            self.context.report(share if what == "activations" else 0.0, said)
+
+        if write_shards(self.directory, number, self.text, self.rows[start:stop], self.spec.hooks, progress):
+            self.spent.forward_seconds += time.monotonic() - began
+            self.spent.forward_flops += n_tokens * trainplan.forward_flops(self.spec, self.text.model.card)
+            self._save_spent()
+
+    def norms(self) -> dict[str, Norms]:
+        """Scales and limits of all hooks, measured on the first shard and then kept."""
+        file = self.context.directory / "norms.json"
+        if not file.exists():
+            self.read_shard(0, "activations")
+            found = {hook: norms_of(shard, self.spec.max_norm_ratio) for hook, shard in self.shards(0).items()}
+            _write_json(file, {hook: asdict(norms) for hook, norms in found.items()})
+        return {hook: Norms(**told) for hook, told in json.loads(file.read_text()).items()}
+
+    def optimise_chunk(self, number: int) -> None:
+        """Take the steps of one checkpoint, from cached activations."""
+        size, norms = self.spec.steps_per_checkpoint, self.norms()
+        first, end = number * size, min((number + 1) * size, self.plan.n_steps)
+        learners = self.learners(norms)
+        for window in self.plan.windows:
+            if window.first_step < end and window.end > first:
+                begin, stop = max(first, window.first_step), min(end, window.end)
+                self._learn(learners, norms, window, begin, stop, (first, end))
+        self._save(learners)
+
+    def optimise_window(self, number: int) -> None:
+        """Take the steps of one window of the buffer; shards that no later window needs are deleted."""
+        window = self.plan.windows[number]
+        needed = {part.shard for part in window.parts}
+        norms = self.norms()
+        learners = self.learners(norms)
+        if any(learner.step < window.end for learner in learners):
+            self._learn(learners, norms, window, window.first_step, window.end, (window.first_step, window.end))
+            self._save(learners)
+        later = {part.shard for after in self.plan.windows[number + 1 : number + 2] for part in after.parts}
+        for shard in needed - later:
+            for part in self.shards(shard).values():
+                part.remove()
+
+    def _learn(
+        self,
+        learners: list[Learner],
+        norms: dict[str, Norms],
+        window: Window,
+        begin: int,
+        stop: int,
+        whole: tuple[int, int],
+    ) -> None:
+        """Take steps begin..stop of a window with every SAE that has not taken them."""
+        for number in sorted({part.shard for part in window.parts}):
+            self.read_shard(number, "activations of window")
+        shards = {part.shard: self.shards(part.shard) for part in window.parts}
+        reader = _reader(self.context.directory, window, shards, norms, self.spec.data_seed)
+        precision = _precision(self.spec, self.device)
+        began, taken = time.monotonic(), 0
+        for step in range(begin, stop):
+            waiting = [learner for learner in learners if learner.step == step]
+            if not waiting:
+                continue
+            batch = {hook: x.to(self.device) for hook, x in reader.batch(step).items()}
+            last = step + 1 == self.plan.n_steps
+            metrics: dict[str, float] = {}
+            for learner in waiting:
+                x, target = batch[learner.spec.hooks[0]], batch[learner.spec.hooks[-1]]
+                measure = (step + 1) % STEPS_PER_METRIC == 0 or last
+                told = learner.learn(x, target, self.plan.n_steps, precision, measure=measure)
+                self.spent.step_flops += len(x) * trainplan.step_flops(learner.spec, self.text.model.card)
+                metrics |= self._named(learner.spec, told or {})
+            taken += 1
+            seconds = time.monotonic() - began
+            speed = taken * self.spec.batch_size / seconds
+            if (step + 1) % self.spec.evaluate_every_steps == 0 or last:
+                metrics |= self._look(learners, norms, step + 1)
+            if metrics:
+                metrics |= {"tokens": float((step + 1) * self.spec.batch_size), "tokens_per_second": speed}
+                self.context.metric(step + 1, metrics)
+            self._report(step + 1, whole, metrics, speed)
+        self.spent.step_seconds += time.monotonic() - began
+
+    def _named(self, sae: SaeSpec, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {curves.key(sae.source, name, len(self.spec.saes)): value for name, value in metrics.items()}
+
+    def _report(self, step: int, whole: tuple[int, int], metrics: Mapping[str, float], speed: float) -> None:
+        left = (self.plan.n_steps - step) * self.spec.batch_size / speed
+        n = len(self.spec.saes)
+        first = curves.key(self.spec.saes[0].source, "explained_variance", n)
+        said = f"step {step:,} of {self.plan.n_steps:,}"
+        if first in metrics:
+            said += f", explained variance {metrics[first]:.3f}" + (f" ({self.spec.saes[0].source})" if n > 1 else "")
+        minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
+        share = (step - whole[0]) / max(whole[1] - whole[0], 1)
+        self.context.report(share, f"{said}, {speed:,.0f} tokens/s, {minutes} left")
+
+    def _look(self, learners: list[Learner], norms: dict[str, Norms], step: int) -> dict[str, float]:
+        probe = watching.make_probe(self.text, self.held_out, norms)
+        found: dict[str, float] = {}
+        for learner in learners:
+            sae = learner.spec
+            folded = learner.fold(norms[sae.hooks[0]].scale, norms[sae.hooks[-1]].scale)
+            coder = watching.coder_of(folded, _metadata(self, sae))
+            place = watching.Place(self.context.directory, sae.source, step, step * self.spec.batch_size)
+            found |= self._named(sae, watching.look(probe, coder, norms[sae.hooks[0]].limit, place))
+        return found
+
+    def learners(self, norms: Mapping[str, Norms]) -> list[Learner]:
+        """The SAEs as their checkpoints have them, or in memory where those are the same; fresh at first."""
+        found: list[Learner] = []
+        for sae in self.spec.saes:
+            path = self.checkpoint(sae)
+            stamp = path.stat().st_mtime_ns if path.exists() else 0
+            held = _learners.get(path)
+            if held is not None and held[0] == stamp and held[1].step == held[2]:
+                found.append(held[1])
+            elif path.exists():
+                found.append(Learner.load(path, sae, self.device))
+            else:
+                into, out = norms[sae.hooks[0]], norms[sae.hooks[-1]]
+                mean = torch.tensor(out.mean, device=self.device) * out.scale
+                found.append(Learner.fresh(sae, len(into.mean), mean))
+        _forget_learners(self.context.directory)
+        return found
+
+    def checkpoint(self, sae: SaeSpec) -> Path:
+        return self.context.directory / f"{sae.source}.safetensors"
+
+    def _save(self, learners: list[Learner]) -> None:
+        for learner in learners:
+            path = self.checkpoint(learner.spec)
+            learner.save(path)
+            _learners[path] = (path.stat().st_mtime_ns, learner, learner.step)
+        self._save_spent()
+
+    def _save_spent(self) -> None:
+        _write_json(self.context.directory / "spent.json", asdict(self.spent))
+
+
+_learners: dict[Path, tuple[int, Learner, int]] = {}
+"""The SAEs of the job in hand after its last checkpoint: (time of the checkpoint's file, SAE, its step then).
+
+One that learned on after its checkpoint, in a step that was cancelled, is not taken again.
+"""
+
+
+def _forget_learners(directory: Path) -> None:
+    for path in [path for path in _learners if path.parent == directory or len(_learners) > trainplan.PARTS]:
+        del _learners[path]
+
+
+_readers: dict[tuple[Path, int], WindowReader] = {}
+
+
+def _reader(
+    directory: Path, window: Window, shards: dict[int, dict[str, Shard]], norms: dict[str, Norms], seed: int
+) -> WindowReader:
+    """The window's reader, kept from one checkpoint to the next: it holds the order of all rows."""
+    key = (directory, window.first_step)
+    if key not in _readers:
+        _readers.clear()
+        _readers[key] = WindowReader(window, shards, norms, seed)
+    return _readers[key]
+
+
+def split(spec: TrainSpec, text: Text) -> tuple[Rows, Rows]:
+    """Return the context rows to train on, in random order, and the held-out rows at the corpus' end.
+
+    The order does not depend on the seed: a longer job's contexts begin with a shorter one's, and share its cache.
+    """
+    n, n_train = text.stream.n_contexts(spec.context_size, text.model.card.bos_token_id), _n_train(spec, text)
+    wanted = min(n_train, -(-spec.n_tokens // trainplan.tokens_per_context(spec)))
+    rows = np.random.default_rng([0, 0]).permutation(n_train)[:wanted]
     return rows, np.arange(n_train, n)
+
+
+def _n_train(spec: TrainSpec, text: Text) -> int:
+    n = text.stream.n_contexts(spec.context_size, text.model.card.bos_token_id)
+    return int(n * (1 - spec.held_out))
 
 
 def _place(text: str) -> tuple[int, int]:
@@ -192,150 +375,135 @@ def _place(text: str) -> tuple[int, int]:
     return int(number) - 1, int(total)
 
 
-def _stream(context: JobContext, spec: TrainSpec, model: LanguageModel) -> Stream:
+def _text(context: JobContext, spec: TrainSpec) -> Text:
+    model = loaded.model(context, spec.model)
+    directory = context.settings.corpus_dir(_corpus_hash(context, spec))
+    return Text(model, tokenised(model, directory, context.report), spec.context_size)
+
+
+def _corpus_hash(context: JobContext, spec: TrainSpec) -> str:
     with context.sessions() as session:
-        corpus = corpora.corpus_named(session, spec.corpus)
-    return tokenised(model, context.settings.corpus_dir(corpus.hash), context.report)
+        return corpora.corpus_named(session, spec.corpus).hash
 
 
-def _cache_activations(context: JobContext, spec: TrainSpec, number: int, total: int) -> None:
-    model = loaded.model(context, spec.model)
-    stream = _stream(context, spec, model)
-    directory = context.directory / "activations"
-    directory.mkdir(exist_ok=True)
-    (directory / "limits.json").write_text(json.dumps({"max_norm_ratio": spec.max_norm_ratio}))
-    rows, _ = split(spec, stream, model.card.bos_token_id)
-    part = np.array_split(rows, total)[number]
-    started = time.monotonic()
-    write_shard(directory / f"{number:05d}.npy", model, stream, part, spec.context_size, spec.hook_name)
-    speed = len(part) * spec.context_size / (time.monotonic() - started)
-    context.report(1.0, f"activations: part {number + 1} of {total}, {speed:,.0f} tokens/s")
+def _precision(spec: TrainSpec, device: str) -> torch.dtype:
+    return fast_precision(device) if spec.precision == "auto" else getattr(torch, spec.precision)
 
 
-def _shards(context: JobContext) -> list[Path]:
-    return sorted((context.directory / "activations").glob("*.npy"))
-
-
-def _optimise(context: JobContext, spec: TrainSpec, number: int, total: int) -> None:
-    data = CachedActivations(_shards(context))
-    per_epoch = len(data) // spec.batch_size
-    n_steps = per_epoch * spec.epochs
-    end = min((number + 1) * spec.steps_per_checkpoint, n_steps)
-    norms = norms_of(context.directory / "activations")
-    assert norms is not None
-    checkpoint = context.directory / "checkpoint.safetensors"
-    device = device_of(context.settings)
-    mean = torch.tensor(norms.mean, device=device) * norms.scale
-    state = TrainingState.load(checkpoint, device) if checkpoint.exists() else TrainingState.fresh(spec, mean)
-    started, first = time.monotonic(), state.step
-    while state.step < end:
-        x = data.batch(spec.seed, *divmod(state.step, per_epoch), spec.batch_size).to(device) * norms.scale
-        metrics = _train_step(state, spec, x, n_steps)
-        if state.step % STEPS_PER_METRIC == 0 or state.step == n_steps:
-            context.metric(state.step, metrics)
-        speed = (state.step - first) * spec.batch_size / (time.monotonic() - started)
-        left = (n_steps - state.step) * spec.batch_size / speed
-        context.report(
-            1 - (end - state.step) / spec.steps_per_checkpoint,
-            f"step {state.step:,} of {n_steps:,}, explained variance {metrics['explained_variance']:.3f}, "
-            f"dead {metrics['dead']:.1%}, {speed:,.0f} tokens/s, {left / 60:.0f} min left",
-        )
-    if state.step > first:
-        state.save(checkpoint)
-
-
-def _train_step(state: TrainingState, spec: TrainSpec, x: Tensor, n_steps: int) -> dict[str, float]:
-    """Take one optimiser step on one batch of normalised activations, [batch, d_in], and return its metrics."""
-    lr = learning_rate(state.step, n_steps, spec)
-    for group in state.optimiser.param_groups:
-        group["lr"] = lr
-    dead = state.tokens_since_active >= spec.dead_after_tokens
-    with torch.autocast(x.device.type, torch.bfloat16):
-        loss = topk_loss(x, state.parameters, spec.k, dead, spec.aux_k, spec.aux_coefficient)
-    if not torch.isfinite(loss.total):
-        raise Diverged(
-            f"The loss became {loss.total.item()} at step {state.step:,} with learning rate {lr:.1e}. "
-            "Lower lr or raise warmup_steps; if it happens at once, look for non-finite activations."
-        )
-    loss.total.backward()
-    remove_parallel_gradient(state.parameters.W_dec)
-    norm = torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)
-    state.optimiser.step()
-    state.optimiser.zero_grad()
-    normalise_rows(state.parameters.W_dec)
-    state.tokens_since_active += len(x)
-    state.tokens_since_active[loss.active.flatten()] = 0
-    state.step += 1
-    return {
-        "explained_variance": 1 - float(loss.fvu),
-        "aux_loss": float(loss.aux),
-        "dead": float(dead.float().mean()),
-        "lr": lr,
-        "grad_norm": float(norm),
-        "tokens": float(state.step * spec.batch_size),
-    }
-
-
-def learning_rate(step: int, n_steps: int, spec: TrainSpec) -> float:
-    """Linear warm-up, constant, linear decay to zero over the last decay_share of the steps."""
-    warm = min(1.0, (step + 1) / spec.warmup_steps) if spec.warmup_steps else 1.0
-    n_decay = max(1, round(n_steps * spec.decay_share))
-    return spec.lr * warm * min(1.0, (n_steps - step) / n_decay)
-
-
-def _evaluate(context: JobContext, spec: TrainSpec) -> None:
-    model = loaded.model(context, spec.model)
-    stream = _stream(context, spec, model)
-    directory = context.directory / "sae"
-    _write_sae(context, spec, model, directory)
+def _evaluate(run: Run, sae: SaeSpec) -> None:
+    spec, model = run.spec, run.text.model
+    norms = run.norms()
+    learner = Learner.load(run.checkpoint(sae), sae, run.device)
+    folded = learner.fold(norms[sae.hooks[0]].scale, norms[sae.hooks[-1]].scale)
+    directory = run.context.directory / "sae" / sae.source
+    _write_sae(run, sae, folded.tensors, folded.config, directory)
     coder = checkpoints.load_sae(directory, str(model.device))
-    _, held_out = split(spec, stream, model.card.bos_token_id)
     n_loss_contexts = -(-spec.n_eval_tokens // spec.context_size)
-    rows = held_out[: max(n_loss_contexts, 800)]
+    rows = run.held_out[: max(n_loss_contexts, 800)]
     metrics = evaluate(
-        model, coder, stream, rows, spec.context_size, n_loss_contexts, spec.max_norm_ratio, context.report
+        model, coder, run.text.stream, rows, spec.context_size, n_loss_contexts, spec.max_norm_ratio, run.context.report
     )
-    state = TrainingState.load(context.directory / "checkpoint.safetensors")
-    metrics["n_trained_tokens"] = state.step * spec.batch_size
-    scratch = context.directory / "metrics.json.new"
-    scratch.write_text(json.dumps(metrics))
-    os.replace(scratch, context.directory / "metrics.json")
+    metrics["n_trained_tokens"] = learner.step * spec.batch_size
+    _write_json(run.context.directory / f"{sae.source}.metrics.json", metrics)
 
 
-def _write_sae(context: JobContext, spec: TrainSpec, model: LanguageModel, directory: Path) -> None:
-    """Write the SAE with the normalisation folded in, so that it reads the model's own activations.
-
-    acts / scale = (x - b_dec / scale) W_enc + b_enc / scale: only the biases change, decoder rows keep norm 1, and
-    activations come out in the units of the residual stream.
-    """
-    norms = norms_of(context.directory / "activations")
-    assert norms is not None
-    trained = TrainingState.load(context.directory / "checkpoint.safetensors").parameters
-    tensors = {
-        "W_enc": trained.W_enc,
-        "b_enc": trained.b_enc / norms.scale,
-        "W_dec": trained.W_dec,
-        "b_dec": trained.b_dec / norms.scale,
-    }
-    config = {
-        "architecture": spec.architecture,
-        "d_in": trained.W_enc.shape[0],
-        "d_sae": spec.d_sae,
-        "k": spec.k,
+def _write_sae(
+    run: Run, sae: SaeSpec, tensors: dict[str, torch.Tensor], config: dict[str, Any], directory: Path
+) -> None:
+    """Write the SAE in SAELens' format, with the normalisation folded in."""
+    heads = sae.hook_name.endswith("attn.hook_z")
+    whole = {
+        **config,
+        "d_in": tensors["W_enc"].shape[0],
+        "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-        "metadata": {
-            "model_name": model.card.id,
-            "hook_name": spec.hook_name,
-            "context_size": spec.context_size,
-            "prepend_bos": model.card.bos_token_id is not None,
-            "dataset_path": spec.corpus,
-            "trained_by": "sae-atlas",
-            "sae_lens_version": "6.0.0",  # the shape of this config; without it sae-lens ignores the metadata
-        },
+        "reshape_activations": "hook_z" if heads else "none",
+        "metadata": _metadata(run, sae),
     }
-    checkpoints.save_sae(directory, config, tensors, getattr(torch, spec.weights_dtype))
+    checkpoints.save_sae(directory, whole, tensors, getattr(torch, run.spec.weights_dtype))
+
+
+def _metadata(run: Run, sae: SaeSpec) -> dict[str, Any]:
+    card = run.text.model.card
+    return {
+        "model_name": card.id,
+        "hook_name": sae.hook_name,
+        **({"hook_name_out": sae.hook_name_out} if sae.hook_name_out else {}),
+        "context_size": run.spec.context_size,
+        "prepend_bos": card.bos_token_id is not None,
+        "dataset_path": run.spec.corpus,
+        "training_architecture": str(sae.architecture),
+        "trained_by": "sae-atlas",
+        "sae_lens_version": "6.0.0",  # the shape of this config; without it sae-lens ignores the metadata
+    }
+
+
+def _catalogue(session: Session, run: Run, sae: SaeSpec, metrics: dict[str, Any]) -> Source:
+    spec = run.spec.model_copy(update={"saes": (sae,)})
+    spent = run.spent
+    origin = {
+        "kind": "trained",
+        "job": run.context.job_id,
+        "spec": spec.model_dump(mode="json", exclude={"harvest_tokens"}, exclude_none=True),
+        "corpus": {"name": run.spec.corpus, "hash": corpora.corpus_named(session, run.spec.corpus).hash},
+        "trained_with": _software(),
+        "hours": round((spent.forward_seconds + spent.step_seconds) / 3600, 4),
+        "together_with": [other.source for other in run.spec.saes if other is not sae],
+    }
+    return harvests.catalogue_sae(
+        session,
+        run.context.settings,
+        weights.check_sae(run.context.directory / "sae" / sae.source, None, run.context.settings),
+        model_id=run.spec.model,
+        set_name=sae.set_name,
+        metrics=metrics,
+        origin=origin,
+    )
+
+
+def _software() -> dict[str, str]:
+    """Versions of what trained it, and the commit where this runs from a checkout."""
+    told = {"sae-atlas": version("sae-atlas"), "torch": str(torch.__version__)}
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        said = subprocess.run(git, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return told
+    return told | ({"commit": said.stdout.strip()} if said.returncode == 0 else {})
+
+
+def _queue_harvest(session: Session, run: Run) -> None:
+    """Queue one harvest of all trained SAEs, unless an interrupted `finish` has done so already."""
+    spec, context = run.spec, run.context
+    if not spec.harvest_tokens:
+        return
+    sources = tuple(sae.source for sae in spec.saes)
+    asked = HarvestSpec(
+        model=spec.model,
+        sources=sources,
+        corpus=spec.corpus,
+        n_tokens=spec.harvest_tokens,
+        context_size=spec.context_size,
+    ).model_dump(mode="json")
+    later = (job for job in jobs.recent(session) if job.id > context.job_id and job.kind == "harvest")
+    if not any(job.spec == asked for job in later):
+        title = f"Harvest {spec.model}/{sources[0]}" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+        jobs.submit(session, context.settings, "harvest", title, asked)
+
+
+def _leave_result(context: JobContext, result: dict[str, Any]) -> None:
+    """Keep the result and the snapshots; delete checkpoints and shards of the buffer."""
+    _write_json(context.directory / loaded.RESULT, result)
+    for path in context.directory.iterdir():
+        if path.is_dir() and path.name not in _KEPT:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file() and path.name != loaded.RESULT:
+            path.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: object) -> None:
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(value))
+    os.replace(scratch, path)
