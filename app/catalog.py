@@ -180,6 +180,11 @@ class ModelEntry:
     def path(self) -> str:
         return f"/{self.card.id}"
 
+    @property
+    def weightless(self) -> bool:
+        """Nothing can be computed: the model, or every SAE of it, is known from imported evidence alone."""
+        return not self.card.hash or (bool(self.sources) and not any(s.has_weights for s in self.sources))
+
 
 @dataclass(frozen=True)
 class HarvestCard:

@@ -20,16 +20,18 @@ class Placement:
     bytes: int
     """What it takes in memory once loaded; 0 when its weights are gone."""
     where: str
-    """In words."""
+    """In words; empty where there is nothing to say."""
 
     @property
     def sentence(self) -> str:
         size = f"{present.size(self.bytes)} in memory" if self.bytes else "its weights are gone from this machine"
-        return f"{size}; {self.where}"
+        return f"{size}; {self.where}" if self.where else "imported as evidence, without weights"
 
 
 async def placement(worker: Worker, settings: Settings, source: SourceCard) -> Placement:
     """Ask the worker whether it holds an SAE."""
+    if not source.has_weights:
+        return Placement(0, "")
     name = source.path[1:]
     estimate = n_weights(settings, source.sae_hash) * FLOAT_BYTES
     try:

@@ -51,6 +51,17 @@ class FeaturesPage:
     """Output tokens that both promote among their first ten."""
 
     @property
+    def why_no_cosine(self) -> str:
+        for side in (self.a, self.b):
+            source = side.record.source
+            if not source.has_weights:
+                return f"Their directions cannot be compared: the weights of {source.name} are not here."
+        one, other = self.a.record.source, self.b.record.source
+        if one.d_in != other.d_in:
+            return f"Their directions cannot be compared: they have {one.d_in} and {other.d_in} numbers."
+        return "Their directions cannot be compared: the weights cannot be read."
+
+    @property
     def swapped(self) -> str:
         return "/compare" + query({"a": self.b.record.path[1:], "b": self.a.record.path[1:]})
 
@@ -220,12 +231,12 @@ def _side(session: Session, settings: Settings, parts: tuple[str, ...]) -> Side:
     size, bos = harvest.context_size, harvest.bos_token_id
     view = present.feature_view(
         evidence.unpack(record.blob),
-        catalog.vocabulary_of(settings, record.card.id),
+        catalog.words_of(settings, record.card.id, harvest),
         {},
         (lambda row: stream.context(row, size, bos)) if stream else None,
         (lambda row, position: stream.title(row, position, size, bos)) if stream else None,
         bos=bos,
-        special=frozenset(record.card.special_token_ids),
+        special=record.special_token_ids,
     )
     return Side(record, explanations, view)
 
@@ -269,6 +280,9 @@ def _rows(a: SourceCard, b: SourceCard) -> tuple[tuple[str, str, str, str], ...]
 def _why_not(a: SourceCard, b: SourceCard) -> str:
     if a.id == b.id:
         return "These are the same SAE; choose another for one side."
+    for source in (a, b):
+        if not source.has_weights:
+            return f"The evidence of {source.name} was imported without its weights, and it is these that are compared."
     if a.model_id != b.model_id:
         return f"Features are matched within a model; {a.name} reads {a.model_id} and {b.name} {b.model_id}."
     if a.d_in != b.d_in:

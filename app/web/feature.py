@@ -65,6 +65,12 @@ class Try:
     """What the worker loads before it can answer; the box asks again."""
     weightless: bool = False
     """Nothing can be computed: the evidence was imported without model or SAE."""
+    evidence: int | None = None
+    """Which harvest's highest activation the shades are of; None is the one shown by default."""
+
+    @property
+    def action(self) -> str:
+        return f"{self.path}/try{query({'evidence': self.evidence})}"
 
     @property
     def answered(self) -> bool:
@@ -355,9 +361,10 @@ async def try_from_address(
     session: Db,
     settings: Config,
     worker: Gpu,
+    chosen: Chosen,
     text: Annotated[str, Query(max_length=50_000)] = "",
 ) -> Response:
-    return await _try(request, model, source, index, session, settings, worker, text)
+    return await _try(request, model, source, index, session, settings, worker, chosen, text)
 
 
 @router.post("/{model}/{source}/{index}/try", dependencies=[VIEWER])
@@ -369,9 +376,10 @@ async def try_text(
     session: Db,
     settings: Config,
     worker: Gpu,
+    chosen: Chosen,
     text: Annotated[str, Form()] = "",
 ) -> Response:
-    return await _try(request, model, source, index, session, settings, worker, text)
+    return await _try(request, model, source, index, session, settings, worker, chosen, text)
 
 
 async def _try(
@@ -382,18 +390,19 @@ async def _try(
     session: Session,
     settings: Settings,
     worker: Worker,
+    chosen: Choices,
     text: str,
 ) -> Response:
     number = catalog.parse_index(index)
-    record = await read(session, catalog.feature_record, session, model, source, number)
+    record = await read(session, catalog.feature_record, session, model, source, number, chosen.evidence)
     text = text.replace("\r\n", "\n")
-    attempt = await attempt_text(settings, worker, record, text)
+    attempt = replace(await attempt_text(settings, worker, record, text), evidence=chosen.evidence)
     headers = {}
     if partial(request):
         if text and len(text) <= MAX_TEXT_IN_ADDRESS and attempt.problem is None:
             headers["hx-replace-url"] = record.path + query({**_shown_with(request), "text": text})
         return render(request, "_try.html", attempt, headers=headers)
-    page = await run_in_threadpool(load, session, settings, model, source, number, Choices(), "", attempt)
+    page = await run_in_threadpool(load, session, settings, model, source, number, chosen, "", attempt)
     return render(request, "feature.html", page, status=attempt.problem.status if attempt.problem else 200)
 
 
@@ -423,7 +432,8 @@ async def attempt_text(settings: Settings, worker: Worker, record: FeatureRecord
         return Try(record.path, text, problem=of(error))
     values = reply.saes[0].latents[0]
     highest = max(values, default=0.0)
-    full = max(record.feature.max_act, highest)
+    shown = evidence.unpack(record.blob).max_act if record.blob is not None else record.feature.max_act
+    full = max(shown, highest)
     words = catalog.vocabulary_of(settings, record.card.id)
     tokens = present.shaded(reply.ids, values, words, frozenset(record.card.special_token_ids), full)
     return Try(record.path, text, tokens, highest, full)
@@ -449,7 +459,7 @@ def load(
         around=around,
         view=view,
         examples=Examples(record.path, view, record.harvest, chosen),
-        attempt=attempt or _untried(settings, record, text),
+        attempt=attempt or replace(_untried(settings, record, text), evidence=chosen.evidence),
         choices=chosen,
     )
 

@@ -113,6 +113,8 @@ def map_page(
 def draw(model: str, source: str, session: Db, settings: Config) -> Response:
     """Ask the trainer for the map."""
     found = catalog.source_card(session, model, source)
+    if not found.has_weights:
+        raise catalog.NoWeights(f"No weights here: browsing only. A map of {found.path[1:]} is drawn from its weights.")
     job = _drawing(session, found)
     if job is None:
         spec = {"model": found.model_id, "source": found.name}

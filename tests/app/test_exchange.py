@@ -231,6 +231,40 @@ def test_what_needs_weights_is_answered_with_a_sentence(browsing: TestClient) ->
     assert "No weights here: browsing only" in tried.text
 
 
+@pytest.mark.parametrize(
+    ("path", "words", "not_there"),
+    [
+        ("/tiny", "browsing only", ["Paste a prompt", "Steer it", ">steer</a>"]),
+        ("/tiny/1-demo", "no counterpart found", ["Paste a prompt", ">Steer</a>"]),
+        ("/tiny/1-demo/3", "browsing only", ["Steer with it", "Paste a prompt", "vector.npy", "-try-", ">steer</a>"]),
+        ("/tiny/1-demo/3?embed=true&defaulttesttext=sea", "browsing only", ["embed-steer", "<textarea"]),
+        ("/tiny/1-demo/map", "imported without them", ["<button>Draw the map"]),
+        ("/tiny/prompt", "no text can be read", []),
+        ("/tiny/steer?source=1-demo&index=3", "nothing steered", []),
+        ("/tiny/1-demo/memory", "imported as evidence, without weights", []),
+        ("/compare?a=tiny/1-demo/3&b=tiny/1-demo/4", "the weights of 1-demo are not here", ["Cosine of"]),
+        ("/compare?a=tiny/1-demo&b=tiny/1-twin", "imported without its weights", ["Find counterparts"]),
+    ],
+)  # fmt: skip
+def test_pages_say_what_is_not_possible_without_weights_and_do_not_offer_it(
+    browsing: TestClient, other: Session, path: str, words: str, not_there: list[str]
+) -> None:
+    copied = other.scalars(select(Source)).one()
+    columns = {c.key: getattr(copied, c.key) for c in Source.__mapper__.column_attrs}
+    other.add(Source(**columns | {"id": 99, "name": "1-twin", "set_name": "twin", "harvest_id": None}))
+    other.commit()
+    answer = browsing.get(path)
+    assert answer.status_code == 200
+    assert words in answer.text
+    assert [offer for offer in not_there if offer in answer.text] == []
+
+
+def test_a_map_or_a_match_without_weights_is_refused(browsing: TestClient) -> None:
+    assert browsing.post("/tiny/1-demo/map").status_code == 422
+    assert browsing.post("/compare", data={"a": "tiny/1-demo", "b": "tiny/1-demo"}).status_code == 422
+    assert browsing.get("/tiny/1-demo/3/vector.json").status_code == 422
+
+
 # What others write ------------------------------------------------------------------------------------------------
 
 

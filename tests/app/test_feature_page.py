@@ -9,12 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import event, select
+from sqlalchemy import delete, event, select
 from starlette.testclient import TestClient
 
+from app import db
 from app.evidence import Effect, Silent, pack, pack_effects
 from app.tables import Corpus, Evidence, Harvest, Source
+from tests.app.conftest import Live
 from tests.conftest import live_evidence
+from tests.tiny import D_SAE
 
 PATH = "/tiny/1-demo/4"
 
@@ -226,3 +229,41 @@ def test_a_page_that_may_work_later_says_when_and_offers_to_try_again(client: Te
     assert (page.status_code, page.headers["retry-after"]) == (503, "5")
     assert 'href="">Try again</a> <span class="muted">in 5 s or so.' in page.text
     assert "sae-atlas doctor" in page.text
+
+
+def test_the_shades_of_a_text_are_those_of_the_evidence_that_is_shown(live: Live) -> None:
+    """Every feature's highest activation is 100 in its row, below what this text has, and 1e9 in other evidence."""
+    engine = db.connect(live.settings)
+    with db.sessions(engine).begin() as session:
+        source = session.scalars(select(Source).where(Source.name == "1-std")).one()
+        corpus = Corpus(name="other", hash="c9", n_documents=1, n_chars=1, about="")
+        session.add(corpus)
+        session.flush()
+        harvest = Harvest(
+            source_id=source.id, corpus_id=corpus.id, tokenizer_hash="t", context_size=8, bos_token_id=0,
+            n_tokens=9, summary={},
+        )  # fmt: skip
+        session.add(harvest)
+        session.flush()
+        for index in range(source.d_sae):
+            blob = pack(replace(live_evidence(4), max_act=1e9))
+            session.add(Evidence(harvest_id=harvest.id, index=index, blob=blob))
+        number = harvest.id
+
+    def shades(query: str, index: int) -> list[int]:
+        data = {"text": "the cat sat on the mat"}
+        answer = live.http.post(f"/tiny/1-std/{index}/try{query}", data=data, headers={"HX-Request": "true"})
+        assert f'action="/tiny/1-std/{index}/try{query}"' in answer.text
+        return [int(level) for level in re.findall(r'<mark class="a(\d+)"', answer.text)]
+
+    try:
+        active = next(index for index in range(D_SAE) if max(shades("", index), default=0) > 1)
+        assert max(shades("", active)) > 1
+        assert max(shades(f"?evidence={number}", active)) == 1
+        assert live.http.post(f"/tiny/1-std/{active}/try?evidence=99999", data={"text": "cat"}).status_code == 404
+    finally:
+        with db.sessions(engine).begin() as session:
+            session.execute(delete(Evidence).where(Evidence.harvest_id == number))
+            session.execute(delete(Harvest).where(Harvest.id == number))
+            session.execute(delete(Corpus).where(Corpus.name == "other"))
+        engine.dispose()
