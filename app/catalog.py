@@ -58,6 +58,7 @@ RESERVED = frozenset(
         "admin",
         "api",
         "assets",
+        "audit",
         "compare",
         "corpora",
         "docs",

@@ -31,6 +31,7 @@ from app.labelindex import LabelIndex
 from app.settings import Settings
 from app.web import (
     account,
+    audit,
     bulk,
     compare,
     corpora,
@@ -52,6 +53,7 @@ from app.web import (
     upload,
 )
 from app.web.access import Rates
+from app.web.audit import Audit
 from app.web.guard import Guard, LargerBodies
 from app.web.multipart import SLACK_BYTES
 from app.web.pages import Pages, VersionedStatic, static_version
@@ -89,6 +91,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.pages = Pages(version)
     app.state.rates = Rates(settings.requests_per_minute)
     register(app)
+    if settings.team:
+        app.add_middleware(Audit)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     # Counts bodies that come in chunks; Guard has refused those that say their length.
     # Uploads count for themselves and have a sentence for it; LargerBodies is only a stop behind that.
@@ -116,6 +120,7 @@ def create_app(settings: Settings) -> FastAPI:
         home,
         account,
         people,
+        audit,
         bulk,
         compare,
         corpora,

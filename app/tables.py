@@ -529,3 +529,21 @@ class ListedFeature(Table):
     index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
     position: Mapped[int]
     note: Mapped[LongText]
+
+
+class AuditEntry(Table):
+    """Something a person changed, in team mode. Written when the change was answered as done, and never changed."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_who", "who", "id"),)
+
+    id: Mapped[Key]
+    at: Mapped[Moment]
+    who: Mapped[Slug]
+    key: Mapped[bool]
+    """Whether an API key acted for the person."""
+    action: Mapped[Slug]
+    """Method and route, such as `POST /{model}/{source}/remove`."""
+    path: Mapped[str] = mapped_column(String(500))
+    """What it was done to: the address asked for."""
+    address: Mapped[str] = mapped_column(String(64))

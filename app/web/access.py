@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Annotated, Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -82,11 +83,16 @@ EDITOR = _needs(Role.EDITOR)
 ADMIN = _needs(Role.ADMIN)
 
 
-def declared(dependencies: list[DependsParameter]) -> list[Role | None]:
-    """Return the roles that a route's dependencies declare; for the test that walks all routes."""
+def declared(dependencies: Sequence[DependsParameter]) -> list[Role | None]:
+    """Return the roles that a route's dependencies declare; None stands for anyone."""
     return [
         cast(Any, d.dependency).role for d in dependencies if d.dependency is not None and hasattr(d.dependency, "role")
     ]
+
+
+def role_of(dependencies: Sequence[DependsParameter]) -> Role | None:
+    """Return the role that a route declares; None when it is open to anyone."""
+    return next(iter(declared(dependencies)), None)
 
 
 def actor_of(request: Request) -> Actor | None:

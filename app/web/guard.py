@@ -70,7 +70,7 @@ class Guard:
             path = str(scope["path"])
             if not path.startswith(_QUIET):
                 ms = round((time.perf_counter() - began) * 1000, 1)
-                _logger.info("request", method=scope["method"], path=_without_secrets(path)[:200], status=status, ms=ms)
+                _logger.info("request", method=scope["method"], path=without_secrets(path)[:200], status=status, ms=ms)
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -127,7 +127,7 @@ def _name(host: str) -> str:
     return host.rsplit(":", 1)[0].lower() if ":" in host else host.lower()
 
 
-def _without_secrets(path: str) -> str:
+def without_secrets(path: str) -> str:
     """Return a path as it may be logged: an invitation's address is its secret."""
     return "/invite/…" if path.startswith("/invite/") else path
 

@@ -44,7 +44,10 @@ async def _session(request: Request) -> AsyncIterator[Session]:
 
 
 async def _settings(request: Request) -> Settings:
-    return request.app.state.settings
+    """Return the settings; in team mode with the person who asks as the owner of what is made."""
+    settings: Settings = request.app.state.settings
+    actor: Actor | None = getattr(request.state, "actor", None)
+    return settings if actor is None or actor.id is None else settings.model_copy(update={"owner": actor.name})
 
 
 async def _worker(request: Request) -> Worker:

@@ -13,12 +13,12 @@ from fastapi.routing import APIRoute
 from sqlalchemy import Engine, select
 from starlette.testclient import TestClient
 
-from app import credentials, people, supervisor
+from app import audit, credentials, people, supervisor
 from app.errors import BadInput
 from app.main import create_app
 from app.people import Role
 from app.settings import Settings
-from app.tables import ApiToken, Invitation, Login, Person, now
+from app.tables import ApiToken, Invitation, Job, Login, Person, now
 from app.web.access import Rates, declared, local_path
 from tests import conftest
 
@@ -363,3 +363,27 @@ def test_a_server_that_nobody_could_sign_in_to_does_not_start(settings: Settings
     chosen = settings.model_copy(update={"team": True, "public_url": PUBLIC, "port": 0})
     with pytest.raises(BadInput, match="user invite --role admin"):
         supervisor.serve(chosen, lambda *_: None)
+
+
+def test_who_changed_what_is_written_down_and_shown_to_admins(team: Team) -> None:
+    editor, admin = team.browser("a-editor"), team.browser("a-admin")
+    assert editor.post("/tiny/1-other/map").status_code == 303
+    assert editor.post("/tiny/1-none/remove").status_code == 404
+    editor.post("/api/explanation/search-all", json={"query": "cold"})
+    admin.post("/people/invite", data={"role": "viewer"})
+    with team.sessions() as session:
+        found = [(e.who, e.action, e.path, e.key) for e in audit.entries(session)]
+    assert found == [
+        ("a-admin", "POST /people/invite", "/people/invite", False),
+        ("a-editor", "POST /{model}/{source}/map", "/tiny/1-other/map", False),
+    ]
+    page = admin.get("/audit", params={"who": "a-editor", "about": "1-other"})
+    assert "/tiny/1-other/map" in page.text
+    assert "/people/invite" not in page.text
+    assert editor.get("/audit").status_code == 403
+
+
+def test_a_job_belongs_to_the_person_who_asked_for_it(team: Team) -> None:
+    team.browser("a-editor").post("/tiny/1-other/map")
+    with team.sessions() as session:
+        assert [job.owner for job in session.scalars(select(Job))] == ["a-editor"]
