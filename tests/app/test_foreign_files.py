@@ -31,7 +31,7 @@ from torch import Tensor
 
 from app import cli, db, formats, harvests, weights
 from app.settings import Settings
-from app.web.upload import SLACK_BYTES
+from app.web.multipart import SLACK_BYTES
 from app.weights import CONFIG, WEIGHTS
 from tests.app.test_formats import DICTIONARIES
 from tests.app.test_upload import GOOD, JSON, n_sources, sae, send, stored, weights_file
