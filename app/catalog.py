@@ -245,6 +245,7 @@ class ExplanationRow:
     text: str
     method: str
     author: str
+    n_votes: int = 0
 
 
 @dataclass(frozen=True)
@@ -586,7 +587,7 @@ def _explanations_and_rows(source: SourceCard, index: int, others: Collection[in
         Explanation.text.label("text"),
         Explanation.method.label("method"),
         Explanation.author.label("author"),
-        _NO_NUMBER.label("density"),
+        cast_sql(Explanation.n_votes, Float()).label("density"),
         _NO_NUMBER.label("max_act"),
         _kind(0).label("kind"),
     ).where(Explanation.source_id == source.id, Explanation.index == index)
@@ -603,8 +604,11 @@ def _explanations_and_rows(source: SourceCard, index: int, others: Collection[in
 
 
 def _explanation_rows(found: Sequence[Any]) -> tuple[ExplanationRow, ...]:
-    ordered = sorted((r for r in found if r.kind == 0), key=lambda r: (r.method == "heuristic", r.key))
-    return tuple(ExplanationRow(r.key, r.text, r.method, r.author) for r in ordered)
+    """Return explanations, the one that is the label first: as app.explanations chooses it."""
+    ordered = sorted(
+        (r for r in found if r.kind == 0), key=lambda r: (r.method == "heuristic", -(r.density or 0), -r.key)
+    )
+    return tuple(ExplanationRow(r.key, r.text, r.method, r.author, int(r.density or 0)) for r in ordered)
 
 
 def _feature_rows(found: Sequence[Any]) -> dict[int, FeatureRow]:

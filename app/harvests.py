@@ -12,7 +12,7 @@ from typing import IO, Any
 from sqlalchemy import delete, event, insert, select, update
 from sqlalchemy.orm import Session, SessionTransaction
 
-from app import corpora, lockfile, matches, wording
+from app import corpora, explanations, lockfile, matches, wording
 from app import evidence as blobs
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
@@ -108,7 +108,7 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
     if source.sae_hash != sae_hash:
         raise Conflict(f"{model_id}/{name} was replaced a moment ago; look at it again before you remove it.")
     _forget_evidence(session, source)
-    session.execute(delete(Explanation).where(Explanation.source_id == source.id))
+    explanations.forget(session, source.id)
     layer, was_default = source.layer, source.is_default
     session.delete(source)
     session.flush()
@@ -172,7 +172,7 @@ def _forget_evidence(session: Session, source: Source) -> None:
     wording.forget(session, source.id)
     for table in (Harvest, Feature, FeatureMap):
         session.execute(delete(table).where(table.source_id == source.id))
-    session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
+    explanations.forget_automatic(session, source.id)
 
 
 def _delete_weights(directory: Path | None) -> None:
@@ -269,7 +269,7 @@ def _rebuilt(index: int, blob: bytes, text: Text) -> FeatureRecord:
 def _clear_rows(session: Session, source: Source) -> None:
     session.execute(delete(Feature).where(Feature.source_id == source.id))
     wording.forget(session, source.id)
-    session.execute(delete(Explanation).where(Explanation.source_id == source.id, Explanation.method == HEURISTIC))
+    explanations.forget_automatic(session, source.id)
 
 
 def _write_rows(session: Session, source: Source, part: list[FeatureRecord], labels: dict[int, str]) -> None:
@@ -293,7 +293,7 @@ def _human_labels(session: Session, source: Source) -> dict[int, str]:
     rows = session.execute(
         select(Explanation.index, Explanation.text)
         .where(Explanation.source_id == source.id, Explanation.method != HEURISTIC)
-        .order_by(Explanation.id)
+        .order_by(Explanation.n_votes, Explanation.id)  # of several the last stays: as app.explanations chooses
     )
     return {index: text for index, text in rows}  # noqa: C416 - rows are no mapping for pyright
 

@@ -52,6 +52,9 @@ from app.web import (
     steering,
     upload,
 )
+from app.web import (
+    explanations as explanation_pages,
+)
 from app.web.access import Rates
 from app.web.audit import Audit
 from app.web.guard import Guard, LargerBodies
@@ -136,6 +139,7 @@ def create_app(settings: Settings) -> FastAPI:
         map,
         source,
         embed,
+        explanation_pages,
         preview,
     ):
         app.include_router(pages.router, include_in_schema=False)

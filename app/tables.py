@@ -257,6 +257,8 @@ class Explanation(Table):
     """`heuristic` for the automatic labels, a method name or `human` otherwise."""
     author: Mapped[Slug]
     created_at: Mapped[Moment]
+    n_votes: Mapped[int] = mapped_column(default=0, server_default="0")
+    """How many people find it right; kept with the votes."""
 
 
 class Embedding(Table):
@@ -547,3 +549,30 @@ class AuditEntry(Table):
     path: Mapped[str] = mapped_column(String(500))
     """What it was done to: the address asked for."""
     address: Mapped[str] = mapped_column(String(64))
+
+
+class ExplanationVote(Table):
+    """Somebody finds an explanation right."""
+
+    __tablename__ = "explanation_votes"
+
+    explanation_id: Mapped[int] = mapped_column(ForeignKey("explanations.id"), primary_key=True, autoincrement=False)
+    who: Mapped[str] = mapped_column(String(200), primary_key=True)
+    created_at: Mapped[Moment]
+
+
+class RetiredExplanation(Table):
+    """An explanation that was taken back, for the history of a feature and to bring it back."""
+
+    __tablename__ = "retired_explanations"
+    __table_args__ = (Index("ix_retired_explanations_feature", "source_id", "latent"),)
+
+    id: Mapped[Key]
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"))
+    index: Mapped[int] = mapped_column("latent")
+    text: Mapped[LongText]
+    method: Mapped[Slug]
+    author: Mapped[Slug]
+    created_at: Mapped[Moment]
+    retired_by: Mapped[Slug]
+    retired_at: Mapped[Moment]

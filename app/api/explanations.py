@@ -1,4 +1,4 @@
-"""Search over explanations, by words and meaning, in Neuronpedia's shape: in sources, in a model, in everything."""
+"""Explanations in Neuronpedia's shape: searched by words and meaning; written, voted on, taken back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from app import search
+from app import catalog, embeddings, explanations, search
 from app.api.features import Json
+from app.api.inputs import FeatureKey
 from app.labelindex import LabelIndex
+from app.people import Actor
 from app.search import Hit, Results, Scope
-from app.web.access import VIEWER
-from app.web.pages import Db
+from app.web.access import EDITOR, VIEWER, Who
+from app.web.pages import Config, Db
 
 router = APIRouter(prefix="/explanation", tags=["explanations"])
 
@@ -50,6 +52,56 @@ def search_model(request: Request, wanted: InModel, session: Db) -> Response:
 def search_everything(request: Request, wanted: Everywhere, session: Db) -> Response:
     """Explanations anywhere in the catalog that fit the query by words or meaning, closest first."""
     return Json(_results(wanted, _found(request, session, wanted, Scope())))
+
+
+class New(FeatureKey):
+    description: str = Field(max_length=20_000)
+
+
+@router.post("/new", dependencies=[EDITOR])
+def new(body: New, who: Who, session: Db, settings: Config) -> Response:
+    """Say what a feature means; the explanation that most people agree with is its label."""
+    index = catalog.parse_index(body.index)
+    made = explanations.write(session, who, body.modelId, body.source, index, body.description)
+    embeddings.queue(session, settings)
+    answer = {
+        "id": str(made.id),
+        "modelId": body.modelId,
+        "layer": body.source,
+        "index": str(index),
+        "description": made.text,
+        "typeName": made.method,
+        "explanationModelName": made.author,
+    }
+    session.commit()
+    return Json({"explanation": answer})
+
+
+@router.post("/{explanation_id}/vote", dependencies=[EDITOR])
+def vote(explanation_id: int, who: Who, session: Db) -> Response:
+    """Agree with an explanation; twice is once."""
+    return _voted(session, who, explanation_id, True)
+
+
+@router.post("/{explanation_id}/unvote", dependencies=[EDITOR])
+def unvote(explanation_id: int, who: Who, session: Db) -> Response:
+    """No longer agree with an explanation."""
+    return _voted(session, who, explanation_id, False)
+
+
+@router.post("/{explanation_id}/delete", dependencies=[EDITOR])
+def delete(explanation_id: int, who: Who, session: Db) -> Response:
+    """Take an explanation back: one's own, an admin any. It stays in the feature's history."""
+    explanations.retire(session, who, explanation_id)
+    session.commit()
+    return Json({"message": "Explanation deleted."})
+
+
+def _voted(session: Session, who: Actor, explanation_id: int, agree: bool) -> Response:
+    found = explanations.vote(session, who, explanation_id, agree)
+    n_votes = found.n_votes
+    session.commit()
+    return Json({"message": "Voted." if agree else "Vote taken back.", "votes": n_votes})
 
 
 def _found(request: Request, session: Session, wanted: Everywhere, scope: Scope) -> Results:

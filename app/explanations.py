@@ -1,0 +1,195 @@
+"""Verbs on explanations that people write: written, agreed with, taken back, brought back. The caller commits.
+
+The label of a feature is the text of its best explanation: people's and models' before automatic ones, then the one
+that most agree with, then the newest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
+
+from app import catalog
+from app.errors import BadInput, Conflict, Forbidden, NotFound
+from app.people import Actor, Role
+from app.tables import Explanation, ExplanationVote, Feature, RetiredExplanation
+
+HUMAN, HEURISTIC = "human", "heuristic"
+MAX_TEXT = 1000
+MAX_OF_A_FEATURE = 50
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An explanation in the history of a feature."""
+
+    id: int
+    text: str
+    method: str
+    author: str
+    when: str
+    n_votes: int
+    mine: bool
+    """Whether the person who looks agrees with it."""
+    may_retire: bool
+    retired: str = ""
+    """When and by whom it was taken back; empty while it stands."""
+
+
+def write(session: Session, who: Actor, model_id: str, source: str, index: int, text: str) -> Explanation:
+    """Add an explanation. Raises NotFound for a feature that is not there, BadInput for a text that cannot be used."""
+    card = catalog.source_card(session, model_id, source)
+    if index >= card.d_sae:
+        raise catalog.past_the_end(card, index)
+    said = " ".join(text.replace("\0", " ").split())
+    if not 1 <= len(said) <= MAX_TEXT:
+        raise BadInput(f"An explanation has 1 to {MAX_TEXT:,} characters; this one has {len(said):,}.")
+    there = select(Explanation).where(Explanation.source_id == card.id, Explanation.index == index)
+    others = session.scalars(there).all()
+    if len(others) >= MAX_OF_A_FEATURE:
+        raise Conflict(f"The feature has {len(others)} explanations already; agree with one, or take one back.")
+    if any(other.text == said for other in others):
+        raise Conflict("The feature has this explanation already; agree with it.")
+    made = Explanation(source_id=card.id, index=index, text=said, method=HUMAN, author=who.name)
+    session.add(made)
+    session.flush()
+    _relabel(session, card.id, index)
+    return made
+
+
+def get(session: Session, explanation_id: int) -> Explanation:
+    found = session.get(Explanation, explanation_id) if 0 < explanation_id < 2**31 else None
+    if found is None:
+        raise NotFound(f"There is no explanation {explanation_id}.")
+    return found
+
+
+def vote(session: Session, who: Actor, explanation_id: int, agree: bool) -> Explanation:
+    """Agree with an explanation, or no longer; twice is once."""
+    found = get(session, explanation_id)
+    session.execute(
+        delete(ExplanationVote).where(ExplanationVote.explanation_id == found.id, ExplanationVote.who == who.name)
+    )
+    if agree:
+        session.add(ExplanationVote(explanation_id=found.id, who=who.name))
+        session.flush()
+    votes = select(func.count()).where(ExplanationVote.explanation_id == found.id).scalar_subquery()
+    session.execute(update(Explanation).where(Explanation.id == found.id).values(n_votes=votes))
+    session.refresh(found)
+    _relabel(session, found.source_id, found.index)
+    return found
+
+
+def may_retire(who: Actor, method: str, author: str) -> bool:
+    """Tell whether somebody may take an explanation back: their own, an admin any. Automatic ones are made again."""
+    return method != HEURISTIC and (who.id is None or author == who.name or who.role == Role.ADMIN)
+
+
+def retire(session: Session, who: Actor, explanation_id: int) -> RetiredExplanation:
+    """Take an explanation back; it stays in the history."""
+    found = get(session, explanation_id)
+    if not may_retire(who, found.method, found.author):
+        raise Forbidden(f"This explanation is {found.author}'s; write a better one, or ask an admin.")
+    kept = RetiredExplanation(
+        source_id=found.source_id,
+        index=found.index,
+        text=found.text,
+        method=found.method,
+        author=found.author,
+        created_at=found.created_at,
+        retired_by=who.name,
+    )
+    session.add(kept)
+    session.execute(delete(ExplanationVote).where(ExplanationVote.explanation_id == found.id))
+    session.delete(found)
+    session.flush()
+    _relabel(session, kept.source_id, kept.index)
+    return kept
+
+
+def restore(session: Session, who: Actor, retired_id: int) -> Explanation:
+    """Bring back an explanation that was taken back; its votes are gone."""
+    kept = session.get(RetiredExplanation, retired_id) if 0 < retired_id < 2**31 else None
+    if kept is None:
+        raise NotFound(f"There is no explanation {retired_id} to bring back.")
+    if not may_retire(who, kept.method, kept.author):
+        raise Forbidden(f"This explanation was {kept.author}'s; only they or an admin bring it back.")
+    back = Explanation(
+        source_id=kept.source_id,
+        index=kept.index,
+        text=kept.text,
+        method=kept.method,
+        author=kept.author,
+        created_at=kept.created_at,
+    )
+    session.add(back)
+    session.delete(kept)
+    session.flush()
+    _relabel(session, back.source_id, back.index)
+    return back
+
+
+def history(session: Session, who: Actor, source_id: int, index: int) -> tuple[list[Entry], list[Entry]]:
+    """Return the explanations of a feature, the label first, and those that were taken back, latest first."""
+    mine = select(ExplanationVote.explanation_id).where(ExplanationVote.who == who.name)
+    standing = select(Explanation).where(Explanation.source_id == source_id, Explanation.index == index)
+    agreed = set(session.scalars(mine.join(Explanation).where(Explanation.source_id == source_id)))
+    now = [
+        Entry(
+            e.id,
+            e.text,
+            e.method,
+            e.author,
+            f"{e.created_at:%Y-%m-%d}",
+            e.n_votes,
+            e.id in agreed,
+            may_retire(who, e.method, e.author),
+        )
+        for e in sorted(session.scalars(standing), key=_rank)
+    ]
+    gone = select(RetiredExplanation).where(
+        RetiredExplanation.source_id == source_id, RetiredExplanation.index == index
+    )
+    before = [
+        Entry(
+            e.id,
+            e.text,
+            e.method,
+            e.author,
+            f"{e.created_at:%Y-%m-%d}",
+            0,
+            False,
+            may_retire(who, e.method, e.author),
+            f"{e.retired_at:%Y-%m-%d} by {e.retired_by}",
+        )
+        for e in session.scalars(gone.order_by(RetiredExplanation.id.desc()))
+    ]
+    return now, before
+
+
+def forget(session: Session, source_id: int) -> None:
+    """Delete all explanations of a source with their votes and history."""
+    own = select(Explanation.id).where(Explanation.source_id == source_id)
+    session.execute(delete(ExplanationVote).where(ExplanationVote.explanation_id.in_(own)))
+    session.execute(delete(RetiredExplanation).where(RetiredExplanation.source_id == source_id))
+    session.execute(delete(Explanation).where(Explanation.source_id == source_id))
+
+
+def forget_automatic(session: Session, source_id: int) -> None:
+    """Delete the automatic explanations of a source, which a harvest makes anew, with their votes."""
+    own = select(Explanation.id).where(Explanation.source_id == source_id, Explanation.method == HEURISTIC)
+    session.execute(delete(ExplanationVote).where(ExplanationVote.explanation_id.in_(own)))
+    session.execute(delete(Explanation).where(Explanation.source_id == source_id, Explanation.method == HEURISTIC))
+
+
+def _rank(explanation: Explanation) -> tuple[bool, int, int]:
+    return explanation.method == HEURISTIC, -explanation.n_votes, -explanation.id
+
+
+def _relabel(session: Session, source_id: int, index: int) -> None:
+    there = select(Explanation).where(Explanation.source_id == source_id, Explanation.index == index)
+    best = min(session.scalars(there), key=_rank, default=None)
+    label = best.text if best is not None else ""
+    session.execute(update(Feature).where(Feature.source_id == source_id, Feature.index == index).values(label=label))
