@@ -28,9 +28,11 @@ from app.api import (
 )
 from app.gpu import Worker
 from app.labelindex import LabelIndex
+from app.operations import Sizes
 from app.settings import Settings
 from app.web import (
     account,
+    admin,
     audit,
     bulk,
     compare,
@@ -58,6 +60,7 @@ from app.web import (
 from app.web.access import Rates
 from app.web.audit import Audit
 from app.web.guard import Guard, LargerBodies
+from app.web.measures import Measured, Measures
 from app.web.multipart import SLACK_BYTES
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
@@ -92,6 +95,8 @@ def create_app(settings: Settings) -> FastAPI:
     version = static_version()
     app.state.settings = settings
     app.state.pages = Pages(version)
+    app.state.measures = Measures()
+    app.state.sizes = Sizes(settings)
     app.state.rates = Rates(settings.requests_per_minute)
     register(app)
     if settings.team:
@@ -103,6 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(LargerBodies, larger={path: 2 * most for path, most in larger.items()})
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
+    app.add_middleware(Measured, measures=app.state.measures)
     app.mount("/static", VersionedStatic(version), name="static")
     for api in (
         features,
@@ -122,6 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
     for pages in (
         home,
         account,
+        admin,
         people,
         audit,
         bulk,

@@ -106,6 +106,11 @@ class Settings(BaseSettings):
     max_running_jobs_per_owner: int = Field(
         default=0, ge=0, description="Jobs of one owner that may run at once; 0 sets no limit."
     )
+    metrics_token: str = Field(
+        default="",
+        repr=False,
+        description="Bearer token that /metrics wants; without one it answers programs on this machine only.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severity that is logged."
     )

@@ -75,6 +75,7 @@ def pages(demo: Demo) -> dict[str, str]:
         "steer": f"{model}/steer?source={demo.source}&index=24",
         "search": "/search?q=fires",
         "jobs": "/jobs",
+        "admin": "/admin",
         "corpora": "/corpora",
         "corpus": "/corpora/demo",
         "document": "/corpora/demo/3",
