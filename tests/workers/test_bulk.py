@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ import torch
 from sae_lens import SAE
 from scipy.stats import mannwhitneyu
 
-from app import bulk, db, uploads
+from app import bulk, db, jobs, uploads
 from app.errors import BadFile, BadInput, TooLarge
 from app.settings import Settings
 from app.specs import BulkSpec
-from app.tables import Job, Model, Source
-from tests.tiny import D_IN, D_SAE, HOOK, K, Tiny
+from app.tables import Job, JobState
+from tests.tiny import HOOK, Tiny
+from tests.workers import slow_trainer
 from workers.language_model import LanguageModel
 from workers.trainer import bulk as job_of_bulk
 from workers.trainer.bulk import Bulk, auc, effect_sizes, separating, split
@@ -28,24 +31,6 @@ from workers.trainer.kinds import JobContext
 
 TEXTS = ["the cat sat on the mat", "", "rain fell all night", "the dog ran", "iron and bread", "seven hills", "rivers"]
 LABELS = ["a", "a", "b", "a", "b", "b", "a"] * 2
-
-
-@pytest.fixture
-def settings(tiny: Tiny, tmp_path: Path) -> Settings:
-    made = Settings(data_dir=tmp_path / "data", device="cpu", threads=1)
-    made.data_dir.mkdir()
-    for name in ("models", "saes"):
-        (made.data_dir / name).symlink_to(tiny.data_dir / name)
-    engine = db.connect(made)
-    db.migrate(engine)
-    card = LanguageModel.load(Path(tiny.model.path)).card
-    shared: dict[str, Any] = {"set_name": "topk", "sae_hash": "topk", "architecture": "topk", "config": {"k": K}}
-    shared |= {"layer": 1, "hook_name": HOOK, "d_in": D_IN, "d_sae": D_SAE, "metrics": {}, "origin": {}}
-    with db.sessions(engine).begin() as session:
-        session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
-        session.flush()
-        session.add(Source(model_id="tiny", name="1-topk", **shared))
-    return made
 
 
 def write(path: Path, texts: list[str], labels: list[str]) -> Path:
@@ -130,6 +115,55 @@ def test_a_step_that_runs_again_after_a_crash_gives_the_same(settings: Settings,
         Bulk().run(job, step)
     assert Bulk().finish(job)["groups"] == "a (8) and b (6)"
     assert not (job.directory / "half.new").exists()
+
+
+def test_a_job_whose_trainer_is_killed_goes_on_and_leaves_the_files_of_an_uninterrupted_one(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_of_bulk, "TEXTS_PER_STEP", slow_trainer.TEXTS_PER_STEP)
+    spec = {"label_column": "group", "path": str(write(tmp_path / "t.jsonl", TEXTS * 2, LABELS))}
+    whole = context(settings, 1000, **spec)
+    done(whole)
+    durable = settings.model_copy(update={"beat_seconds": 0.3, "takeover_seconds": 3.0})
+    sessions = db.sessions(db.connect(durable))
+    with sessions.begin() as session:
+        jobs.get(session, 1000).state = JobState.DONE
+        job_id = jobs.submit(session, durable, "bulk", "b", whole.spec | spec).id
+    log = tmp_path / "trainer.log"
+
+    def job() -> Job:
+        with sessions() as session:
+            return jobs.get(session, job_id)
+
+    def begun() -> list[str]:
+        starts = durable.job_dir(job_id) / "starts"
+        return starts.read_text().splitlines() if starts.exists() else []
+
+    with slow_trainer.running(durable, log) as first:
+        until(lambda: len(begun()) == 2, log)
+        first.kill()
+        first.wait()
+    left = begun()
+    with slow_trainer.running(durable, log):
+        until(lambda: len(begun()) > 2, log)
+        again = begun()
+        until(lambda: JobState(job().state).ended, log)
+    assert job().state == JobState.DONE, job().error
+    assert [line.split()[0] for line in left] == ["0", "1"]
+    assert again[2].split()[0] == "1", "it goes on at the part that was cut off"
+    for name in bulk.RESULT_FILES:
+        own, other = whole.directory / name, durable.job_dir(job_id) / name
+        assert own.exists() == other.exists()
+        assert not own.exists() or own.read_bytes() == other.read_bytes(), name
+    assert (whole.directory / "activations.parquet").exists()
+    assert (whole.directory / "separating.json").exists()
+
+
+def until(condition: Callable[[], Any], log: Path, seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
 
 
 def test_the_features_that_differ_are_found_and_scored_on_texts_held_out() -> None:

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from app import db
 from app.settings import Settings
-from app.tables import Job, Model, Source
-from tests.tiny import D_IN, D_SAE, HOOK, K, Tiny
-from workers.language_model import LanguageModel
+from app.tables import Job
 from workers.trainer.kinds import JobContext
 from workers.trainer.sweep import Sweep
 
 STRENGTHS = [float(n) for n in range(11)]
-
-
-@pytest.fixture
-def settings(tiny: Tiny, tmp_path: Path) -> Settings:
-    made = Settings(data_dir=tmp_path / "data", device="cpu", threads=1)
-    made.data_dir.mkdir()
-    for name in ("models", "saes"):
-        (made.data_dir / name).symlink_to(tiny.data_dir / name)
-    engine = db.connect(made)
-    db.migrate(engine)
-    card = LanguageModel.load(Path(tiny.model.path)).card
-    shared: dict[str, Any] = {"set_name": "topk", "sae_hash": "topk", "architecture": "topk", "config": {"k": K}}
-    shared |= {"layer": 1, "hook_name": HOOK, "d_in": D_IN, "d_sae": D_SAE, "metrics": {}, "origin": {}}
-    with db.sessions(engine).begin() as session:
-        session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
-        session.flush()
-        session.add(Source(model_id="tiny", name="1-topk", **shared))
-    return made
 
 
 def context(settings: Settings, number: int) -> JobContext:

@@ -84,7 +84,7 @@ class Bulk(JobKind):
         uploads.forget(context.settings, spec.path)
         if verb == "encode":
             number, total = (int(n) for n in place.split("/"))
-            _encode_part(context, spec, number - 1, total)
+            encode_part(context, spec, number - 1, total)
         elif verb == "join":
             _join(context, spec)
         else:
@@ -130,7 +130,7 @@ def _check_disk(context: JobContext, nbytes: int) -> None:
         )
 
 
-def _encode_part(context: JobContext, spec: BulkSpec, number: int, total: int) -> None:
+def encode_part(context: JobContext, spec: BulkSpec, number: int, total: int) -> None:
     note = context.directory / f"note-{number}.json"
     if note.exists():
         return
