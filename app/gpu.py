@@ -7,6 +7,7 @@ worker raised.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -61,10 +62,16 @@ from app.settings import Settings
 
 MAX_LOADS = 200
 """Five seconds each: about a quarter of an hour."""
+START_SECONDS = 60.0
+"""How long a worker that nobody finds may be starting, before pages say that there is none."""
 _BASE = "http://worker"
 _EVENTS = {"queued": Queued, "start": Start, "token": Token, "end": End}
 _STATUS = TypeAdapter(WorkerStatus)
 _GONE = (aiohttp.ClientError, ConnectionError, OSError, asyncio.TimeoutError)
+
+
+class _Absent(Unavailable):
+    """Nobody listens on the worker's socket: it is being started, or there is none."""
 
 
 class Worker:
@@ -75,14 +82,27 @@ class Worker:
         self._seconds = settings.request_seconds
         self._loading_seconds = settings.loading_seconds
         self._client: aiohttp.ClientSession | None = None
+        self._absent_since: float | None = None
+        """When a page first met no worker, since it last met one."""
 
     async def load(self, request: LoadRequest) -> LoadReply:
         return LoadReply.model_validate(await self._call("/load", request))
 
     async def loading(self, model: ModelRef, saes: list[SaeRef]) -> list[Loading]:
-        """Begin to load what is not resident and return what a page should say is still being loaded."""
+        """Begin to load what is not resident and return what a page should say is still being loaded.
+
+        A worker that is being started is said to be loaded too, for as long as a start takes.
+        """
         request = LoadRequest(model=model, saes=saes, seconds=self._loading_seconds)
-        return (await self.load(request)).loading
+        try:
+            loading = (await self.load(request)).loading
+        except _Absent:
+            now = time.monotonic()
+            self._absent_since = self._absent_since or now
+            if now - self._absent_since > START_SECONDS:
+                raise
+            return [Loading(id="the gpu worker", bytes=0, loaded=0, seconds=round(now - self._absent_since, 1))]
+        return loading
 
     async def ready(self, model: ModelRef, saes: list[SaeRef]) -> None:
         """Wait until a model and SAEs are resident: a large one may take longer than a request's deadline."""
@@ -177,9 +197,12 @@ class Worker:
             async with self._session().request(
                 method, _BASE + path, data=body, headers=_headers(), timeout=timeout
             ) as response:
+                self._absent_since = None
                 if response.status >= 400:
                     raise _raised(response, await response.read())
                 yield response
+        except aiohttp.ClientConnectorError as error:
+            raise _Absent(_unavailable("is not answering").message) from error
         except TimeoutError as error:
             raise _unavailable(f"is not answering within {self._seconds:g} s") from error
         except _GONE as error:

@@ -174,3 +174,38 @@ def test_the_documentation_names_every_route_and_field(live: Live) -> None:
         assert f"/api/attribution/{name}" in text
     for field in ("against", "ablatedPosition", "numResults", "prependBos"):
         assert field in text
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [("predict", {}), ("direct", {}), ("gradient", {}), ("ablate", {"index": 3}), ("faithfulness", {})],
+)
+def test_many_texts_are_answered_one_by_one_and_a_chat_as_its_template_writes_it(
+    live: Live, path: str, more: dict[str, Any]
+) -> None:
+    texts = [TEXT, "rain fell all night"]
+    many = post(live, path, text=texts, **more)["results"]
+    assert many == [post(live, path, text=text, **more) for text in texts]
+    assert many[0] != many[1]
+    chat = post(live, path, text=None, messages=[{"role": "user", "content": "the cat"}], **more)
+    assert chat == post(live, path, text="user: the cat\nassistant:", **more)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text": None}, "Send `text` or `messages`"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "Send `text` or `messages`"),
+        ({"text": []}, "empty"),
+        ({"text": ["x"] * 6}, "6 texts are too many; up to 5"),
+        ({"text": ["x", ""]}, "empty"),
+        ({"text": None, "messages": []}, "messages"),
+        ({"text": None, "messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"text": None, "messages": [{"role": "user", "content": "x" * 3001}]}, "3001 bytes; up to 3000"),
+    ],
+)
+def test_texts_and_chats_that_cannot_be_used_are_refused(live: Live, changes: dict[str, Any], words: str) -> None:
+    for path in ("predict", "direct"):
+        answer = live.post(f"attribution/{path}", ABOUT | changes)
+        assert answer.status_code == 422, answer.text
+        assert words in answer.json()["error"]

@@ -66,6 +66,18 @@ def test_a_page_says_what_is_loading_and_goes_on(cold: TestClient, path: str, si
     assert re.search(r"[\d.]+ KiB in memory; loaded in the gpu worker on cpu", cold.get("/tiny/1-topk/memory").text)
 
 
+def test_a_page_asked_for_before_the_worker_listens_goes_on(cold: TestClient) -> None:
+    worker: WorkerProcess = cold.app_state["worker"]  # pyright: ignore[reportIndexIssue]
+    worker.stop()
+    asked = {"data": {"text": "the cat sat"}, "headers": HTMX}
+    assert "Starting the gpu worker" in cold.post("/tiny/prompt?sae=1-topk", **asked).text  # pyright: ignore
+    successor = WorkerProcess(worker.settings)
+    try:
+        until(cold, "/tiny/prompt?sae=1-topk", 'class="window tokens"', text="the cat sat")
+    finally:
+        successor.stop()
+
+
 def test_a_page_that_streams_asks_what_is_loading_until_nothing_is(cold: TestClient) -> None:
     asked = "/tiny/loading?source=1-topk&source=1-std"
     first = cold.post(asked, headers=HTMX)

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event, update
 from starlette.testclient import TestClient
 
-from app import db, steerings
+from app import db, gpu, steerings
 from app.main import create_app
 from app.settings import Settings
 from app.tables import Job, JobMetric, Source
@@ -140,7 +140,20 @@ def test_a_feature_with_a_text_in_its_address_asks_for_the_answer_on_load(client
     assert 'hx-trigger="submit, load"' in text(client, "/tiny/1-demo/4?text=hello")
 
 
-def test_without_a_worker_the_page_stays_and_the_box_says_what_happened(client: TestClient) -> None:
+def test_while_the_worker_starts_pages_say_so_and_go_on_by_themselves(client: TestClient) -> None:
+    for path, trigger in (("/tiny/1-demo/4/try", "submit, every 1s"), ("/tiny/prompt?sae=1-demo", "every 1s, submit")):
+        part = client.post(path, data={"text": "hello"}, headers={"HX-Request": "true"})
+        assert part.status_code == 200
+        assert "Starting the gpu worker <progress" in part.text
+        assert f'hx-trigger="{trigger}"' in part.text
+    assert "Starting the gpu worker" in client.get("/tiny/prompt?sae=1-demo&text=hello").text
+    assert "Starting the gpu worker" in client.post("/tiny/loading?source=1-demo").text
+
+
+def test_without_a_worker_the_page_stays_and_the_box_says_what_happened(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "START_SECONDS", -1)
     page = client.post("/tiny/1-demo/4/try", data={"text": "hello"})
     assert page.status_code == 503
     assert "The gpu worker is not answering" in page.text
@@ -150,7 +163,8 @@ def test_without_a_worker_the_page_stays_and_the_box_says_what_happened(client: 
     assert part.text.lstrip().startswith('<section id="try"')
 
 
-def test_without_a_worker_the_prompt_page_keeps_the_text(client: TestClient) -> None:
+def test_without_a_worker_the_prompt_page_keeps_the_text(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "START_SECONDS", -1)
     page = client.get("/tiny/prompt", params={"text": "hello there", "sae": "1-demo"})
     assert page.status_code == 503
     assert ">hello there</textarea>" in page.text

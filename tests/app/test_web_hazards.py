@@ -133,7 +133,7 @@ def test_odd_searches_are_answered(client: TestClient, q: str) -> None:
 @pytest.mark.parametrize("path", ["/tiny/1-demo/4/try", "/tiny/prompt"])
 @pytest.mark.parametrize(
     ("text", "status"),
-    [("", 200), ("   ", 200), ("\0", 503), ("<|endoftext|>", 503), ("x" * 1_000_000, 422), ("\u202e", 503)],
+    [("", 200), ("   ", 200), ("\0", 200), ("<|endoftext|>", 200), ("x" * 1_000_000, 422), ("\u202e", 200)],
 )
 def test_odd_texts_are_answered_without_a_worker(client: TestClient, path: str, text: str, status: int) -> None:
     assert client.post(path, data={"text": text}).status_code == status
