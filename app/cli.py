@@ -508,6 +508,7 @@ def harvest(
     tokens: Annotated[int, typer.Option(help="Tokens to read.", min=1_000)] = 1_000_000,
     context_size: Annotated[int, typer.Option(help="Tokens the model sees at once; 0 as the SAE's config says.")] = 0,
     effects: Annotated[int, typer.Option(help="Top examples of a feature whose causal effect is measured.")] = 3,
+    reach: Annotated[int, typer.Option(help="Tokens behind the peak over which a causal effect is followed.")] = 8,
     keep: Annotated[bool, typer.Option(help="Keep the sparse activations, so that more tokens can follow.")] = False,
     watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
 ) -> None:
@@ -526,6 +527,7 @@ def harvest(
                 "n_tokens": tokens,
                 "context_size": context_size or _context_size(cards, model.n_ctx),
                 "n_effects": effects,
+                "effect_reach": reach,
                 "keep_activations": keep,
             }
         )

@@ -79,8 +79,8 @@ _KEPT = (
 )
 """Columns of a blob that are fields of FeatureEvidence as they are."""
 _EFFECTS_MAGIC = b"SAEC"
-_EFFECTS_VERSION = 1
-_EFFECT = struct.Struct("<ff")
+_EFFECTS_VERSION = 2
+_EFFECT_1, _EFFECT = struct.Struct("<ff"), struct.Struct("<ffff")
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,9 @@ class Effect:
     """What a feature does at the peak of one top example, measured by ablating it there.
 
     Ablating subtracts activation x decoder row from the tensor at the SAE's (output) hook at that one position and
-    leaves everything else, the SAE's error included, as it was. All numbers are of the model's next-token distribution
-    at the peak, p without and q with the ablation.
+    leaves everything else, the SAE's error included, as it was. With p the model's next-token distribution without and
+    q with the ablation, all numbers are of those at the peak, but for the last three, which follow the same ablation
+    to the positions behind it.
     """
 
     context: int
@@ -202,6 +203,12 @@ class Effect:
     """Tokens the feature votes up: the largest p - q above 0, as (token, p - q), largest first."""
     down: tuple[tuple[int, float], ...]
     """Tokens it votes down: the most negative p - q, most negative first."""
+    n_later: int = 0
+    """Positions behind the peak, in the same context, over which the effect was followed."""
+    later_loss_change: float = math.nan
+    """Mean of the loss changes there, over those whose next token is in the corpus; NaN where there is none."""
+    later_kl: float = math.nan
+    """Mean of the KL divergences there; NaN where the effect was not followed."""
 
 
 def pack(evidence: FeatureEvidence) -> bytes:
@@ -261,12 +268,13 @@ def unpack(blob: bytes) -> FeatureEvidence:
 def pack_effects(effects: Sequence[Effect]) -> bytes:
     """Return the blob of a feature's causal effects: b"SAEC", version u8, then zlib, little-endian, of
 
-    the number of effects u16, the bytes of the varints u32, loss change and KL of each (f32), varints (context,
-    position, number up, number down, token ids), and p - q of all tokens (f16).
+    the number of effects u16, the bytes of the varints u32, of each the loss change and KL at the peak and their means
+    behind it (f32), varints (context, position, positions followed, number up, number down, token ids), and p - q of
+    all tokens (f16). Version 1, still read, has nothing of what is behind the peak.
     """
-    floats = b"".join(_EFFECT.pack(e.loss_change, e.kl) for e in effects)
+    floats = b"".join(_EFFECT.pack(e.loss_change, e.kl, e.later_loss_change, e.later_kl) for e in effects)
     whole = [
-        np.array([e.context, e.position, len(e.up), len(e.down), *(token for token, _ in (*e.up, *e.down))])
+        np.array([e.context, e.position, e.n_later, len(e.up), len(e.down), *(token for token, _ in (*e.up, *e.down))])
         for e in effects
     ]
     ints = varints(_joined(whole).astype(np.uint64))
@@ -279,18 +287,22 @@ def unpack_effects(blob: bytes) -> tuple[Effect, ...]:
     """Read a blob of causal effects. Raises ValueError naming the version it cannot read."""
     if blob[:4] != _EFFECTS_MAGIC:
         raise ValueError("not a blob of causal effects")
-    if blob[4] != _EFFECTS_VERSION:
-        raise ValueError(f"effects of version {blob[4]}; this SAE Atlas reads version {_EFFECTS_VERSION}")
+    version = blob[4]
+    if version not in (1, _EFFECTS_VERSION):
+        raise ValueError(f"effects of version {version}; this SAE Atlas reads versions 1 to {_EFFECTS_VERSION}")
+    fixed = _EFFECT_1 if version == 1 else _EFFECT
     body = zlib.decompress(blob[5:])
     n, n_bytes = struct.unpack_from("<HI", body)
-    start = 6 + n * _EFFECT.size
+    start = 6 + n * fixed.size
     numbers = iter(read_varints(body[start : start + n_bytes]).tolist())
     shares = iter(np.frombuffer(body, "<f2", offset=start + n_bytes).tolist())
     found: list[Effect] = []
-    for loss_change, kl in _EFFECT.iter_unpack(body[6:start]):
-        context, position, n_up, n_down = (next(numbers) for _ in range(4))
+    for loss_change, kl, *later in fixed.iter_unpack(body[6:start]):
+        context, position = next(numbers), next(numbers)
+        n_later = next(numbers) if later else 0
+        n_up, n_down = next(numbers), next(numbers)
         up, down = (tuple((next(numbers), next(shares)) for _ in range(size)) for size in (n_up, n_down))
-        found.append(Effect(context, position, loss_change, kl, up, down))
+        found.append(Effect(context, position, loss_change, kl, up, down, n_later, *later))
     return tuple(found)
 
 

@@ -81,6 +81,10 @@ class EffectView:
     kl: float
     up: tuple[Vote, ...]
     down: tuple[Vote, ...]
+    n_later: int = 0
+    """Tokens behind the peak over which the same was followed; the means of both follow."""
+    later_loss_change: float | None = None
+    later_kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,8 @@ def feature_view(
 
 def effect_view(effect: Effect, words: Vocabulary) -> EffectView:
     up, down = (tuple(Vote(words.string(t), share) for t, share in votes) for votes in (effect.up, effect.down))
-    return EffectView(_finite(effect.loss_change), effect.kl, up, down)
+    later = (effect.n_later, _finite(effect.later_loss_change), effect.later_kl)
+    return EffectView(_finite(effect.loss_change), effect.kl, up, down, *later)
 
 
 def weight(shown: Sequence[Shown | Quiet]) -> int:
@@ -252,7 +257,7 @@ def weight(shown: Sequence[Shown | Quiet]) -> int:
     total = 0
     for example in shown:
         more = example.more if isinstance(example, Shown) else ()
-        total += 250 + (350 if isinstance(example, Shown) and example.effect else 0)
+        total += 250 + (450 if isinstance(example, Shown) and example.effect else 0)
         for window in (example.window, *more):
             total += sum(
                 len(p.text.encode("utf-8", "replace")) + 46 * p.text.count("\n") + (70 if p.level else 0)

@@ -34,6 +34,9 @@ class HarvestSpec(Spec):
     n_effects: int = Field(
         5, ge=0, le=100, description="Top examples whose causal effect is measured; 0 measures none."
     )
+    effect_reach: int = Field(
+        8, ge=0, le=4096, description="Tokens behind the peak over which a causal effect is followed, in its context."
+    )
     keep_activations: bool = Field(
         False, description="Keep the sparse activations, 8 bytes each, so that a longer harvest reads only what is new."
     )

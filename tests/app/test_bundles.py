@@ -18,7 +18,7 @@ from app.tables import Evidence, Explanation, Feature, Source
 from tests.conftest import D_IN, D_SAE
 from tests.tiny import save_sae
 
-EFFECT = Effect(4, 2, 0.5, 0.25, ((3, 0.125),), ((1, -0.5),))
+EFFECT = Effect(4, 2, 0.5, 0.25, ((3, 0.125),), ((1, -0.5),), 8, 0.0625, 0.125)
 
 
 def quiet(_share: float, _status: str) -> None:

@@ -159,14 +159,23 @@ def test_whole_numbers_of_any_size_come_back(numbers: list[int]) -> None:
 
 def test_causal_effects_come_back_with_every_token() -> None:
     before = (
-        Effect(9, 3, 1.25, 0.5, ((49151, 0.25), (7, 0.125)), ()),
+        Effect(9, 3, 1.25, 0.5, ((49151, 0.25), (7, 0.125)), (), 8, -0.25, 0.0625),
         Effect(2**31, 126, float("nan"), 0.0, (), ((300, -0.5),)),
     )
     after = unpack_effects(pack_effects(before))
     assert str(after) == str(before)
     assert unpack_effects(pack_effects(())) == ()
-    with pytest.raises(ValueError, match="effects of version 7"):
+    with pytest.raises(ValueError, match="effects of version 7; this SAE Atlas reads versions 1 to 2"):
         unpack_effects(b"SAEC\x07")
+
+
+@pytest.mark.parametrize(("version", "later"), [(1, (0, float("nan"), float("nan"))), (2, (8, -0.25, 0.0625))])
+def test_causal_effects_written_long_ago_are_still_read(version: int, later: tuple[float, ...]) -> None:
+    blob = (Path(__file__).parent / f"effects_v{version}.bin").read_bytes()
+    assert blob[4] == version
+    first, second = unpack_effects(blob)
+    assert str(first) == str(Effect(9, 3, 1.25, 0.5, ((49151, 0.25), (7, 0.125)), (), *later))  # type: ignore[arg-type]
+    assert str(second) == str(Effect(2**31, 126, float("nan"), 0.0, (), ((300, -0.5),)))
 
 
 def test_a_feature_with_forty_five_examples_stays_below_one_and_a_half_kilobytes() -> None:

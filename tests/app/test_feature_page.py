@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from dataclasses import replace
@@ -92,7 +93,10 @@ def test_contexts_without_an_activation_say_why_they_are_shown(client: TestClien
 def test_causal_effects_stand_below_their_example(client: TestClient) -> None:
     effect = Effect(0, 2, 0.25, 0.125, ((9, 0.5),), ((10, -0.25),))
     change(client, effects=(effect,))
+    assert "next" not in text(client, f"{PATH}?width=5").partition('class="effect"')[2].partition("</p>")[0]
+    change(client, effects=(dataclasses.replace(effect, n_later=8, later_loss_change=-0.0625, later_kl=0.03125),))
     page = text(client, PATH)
+    assert "next 8 tokens: loss −0.062 KL 0.031" in page
     assert "loss +0.250 nats" in page
     assert "votes for <code" in page
     assert "+50.0" in page

@@ -20,7 +20,7 @@ from app import corpora, db, jobs
 from app.settings import Settings
 from app.specs import HarvestSpec
 from app.tables import Evidence, Explanation, Feature, Harvest, JobState, Source
-from tests.benchmarks.servers import seconds
+from tests.benchmarks.servers import peak, reset_peak, seconds
 from workers.memory import keep_freed_memory
 from workers.trainer import harvest
 from workers.trainer.kinds import JobContext
@@ -138,15 +138,6 @@ def save_tokens_and_acts(reading: harvest.Reading, n_contexts: int, directory: P
     hook = reading.coder.hook_name
     x = reading.model.read(torch.from_numpy(ids[:4]), [hook])[hook]
     np.save(directory / "acts.npy", reading.coder.encode(x.flatten(0, 1)).view(*x.shape[:2], -1).numpy())
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """Most memory since the last reset, in bytes."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def some_peaks(model: LanguageModel, coders: Sequence[Coder], stream: Stream) ->
 
 @torch.no_grad()
 def recomputed(model: LanguageModel, coder: Coder, stream: Stream, peak: Peak) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities at the peak, without and with the reconstruction losing the latent there."""
+    """Log-probabilities from the peak to the context's end, without and with the reconstruction losing the latent."""
     ids = torch.from_numpy(stream.contexts(np.array([peak.context]), CONTEXT, 0))
     x = model.read(ids, [coder.hook_name])[coder.hook_name][0, peak.position]
     acts = coder.encode(x[None])
@@ -71,20 +71,21 @@ def recomputed(model: LanguageModel, coder: Coder, stream: Stream, peak: Peak) -
         y[0, peak.position] -= lost[0]
         return y
 
-    clean = model.hf(input_ids=ids).logits[0, peak.position].log_softmax(-1)
+    clean = model.hf(input_ids=ids).logits[0, peak.position :].log_softmax(-1)
     with model.edited({coder.hook_name_out: ablate}):
-        return clean, model.hf(input_ids=ids).logits[0, peak.position].log_softmax(-1)
+        return clean, model.hf(input_ids=ids).logits[0, peak.position :].log_softmax(-1)
 
 
-def following(stream: Stream, peak: Peak) -> int | None:
-    offset = peak.context * (CONTEXT - 1) + peak.position
+def following(stream: Stream, peak: Peak, behind: int) -> int | None:
+    offset = peak.context * (CONTEXT - 1) + peak.position + behind
     return int(stream.tokens[offset]) if offset < len(stream.tokens) else None
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # of arguments that transformers is about to drop
+@pytest.mark.parametrize("reach", [0, 3, 100])
 @pytest.mark.parametrize("how", ["appended", "one by one"])
 def test_effects_equal_an_offline_recompute(
-    how: str, language: LanguageModel, coders: list[Coder], stream: Stream, monkeypatch: pytest.MonkeyPatch
+    how: str, reach: int, language: LanguageModel, coders: list[Coder], stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
     agrees = module._agrees
@@ -95,34 +96,40 @@ def test_effects_equal_an_offline_recompute(
 
     monkeypatch.setattr(module, "_agrees", watched)
     monkeypatch.setattr(module, "CONTEXTS_PER_PASS", 2)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 2 * 8 * language.card.d_vocab * 4)  # two examples of a context a pass
     peaks = some_peaks(language, coders, stream)
-    found: dict[Peak, Effect] = dict(effects(language, coders, stream, peaks, CONTEXT, 0))
+    found: dict[Peak, Effect] = dict(effects(language, coders, stream, peaks, CONTEXT, 0, reach))
     assert asked == [True]
     assert set(found) == set(peaks)
-    largest = 0.0
     for peak, effect in found.items():
         clean, ablated = recomputed(language, coders[peak.coder], stream, peak)
-        p, q = clean.exp(), ablated.exp()
-        token = following(stream, peak)
-        if token is None:
-            assert np.isnan(effect.loss_change)
-        else:
-            assert effect.loss_change == pytest.approx(float(clean[token] - ablated[token]), abs=1e-4)
-        assert effect.kl == pytest.approx(float((p * (clean - ablated)).sum()), abs=1e-4)
-        change = (p - q).numpy()
+        kl = (clean.exp() * (clean - ablated)).sum(-1)
+        tokens = [following(stream, peak, behind) for behind in range(len(clean))]
+        loss = [float(clean[i, t] - ablated[i, t]) if t is not None else np.nan for i, t in enumerate(tokens)]
+        assert effect.loss_change == pytest.approx(loss[0], abs=1e-4, nan_ok=True)
+        assert effect.kl == pytest.approx(float(kl[0]), abs=1e-4)
+        change = (clean[0].exp() - ablated[0].exp()).numpy()
         for votes, sign in ((effect.up, 1), (effect.down, -1)):
             expected = np.sort(sign * change)[::-1][:N_VOTES]
             assert [sign * v for _, v in votes] == pytest.approx(expected[: len(votes)], abs=1e-4)
             assert all(change[t] == pytest.approx(v, abs=1e-4) for t, v in votes)
-        largest = max(largest, abs(effect.kl))
-    assert largest > 0.01
+        n = min(reach, CONTEXT - 1 - peak.position)
+        known = [change for change in loss[1 : 1 + n] if not np.isnan(change)]
+        assert effect.n_later == n
+        assert effect.later_kl == pytest.approx(float(kl[1 : 1 + n].mean()), abs=1e-4, nan_ok=True)
+        assert effect.later_loss_change == pytest.approx(np.mean(known) if known else np.nan, abs=1e-4, nan_ok=True)
+    assert max(effect.kl for effect in found.values()) > 0.01
+    if reach:
+        assert max(effect.later_kl for effect in found.values() if effect.n_later) > 0.001
+        assert max(abs(effect.later_loss_change) for effect in found.values() if effect.n_later) > 0.001
 
 
 def test_effects_of_a_peak_do_not_depend_on_its_company(
     language: LanguageModel, coders: list[Coder], stream: Stream
 ) -> None:
     peaks = some_peaks(language, coders, stream)
-    together = dict(effects(language, coders, stream, peaks, CONTEXT, 0))
+    together = dict(effects(language, coders, stream, peaks, CONTEXT, 0, 4))
     for peak in peaks[::4]:
-        ((_, alone),) = effects(language, coders, stream, [peak], CONTEXT, 0)
+        ((_, alone),) = effects(language, coders, stream, [peak], CONTEXT, 0, 4)
         assert alone.kl == pytest.approx(together[peak].kl, abs=1e-5)
+        assert alone.later_kl == pytest.approx(together[peak].later_kl, abs=1e-5, nan_ok=True)

@@ -113,7 +113,7 @@ def test_a_layernorm_takes_the_mean_out_of_the_direction() -> None:
 
 def test_nearest_rows_leave_out_the_row_itself() -> None:
     W_dec = random(D_SAE, D_IN)
-    found = nearest_rows(W_dec, 4, 7, n=3)
+    found = nearest_rows(torch.nn.functional.normalize(W_dec, dim=-1), 4, 7, n=3)
     for place, row in enumerate(range(4, 7)):
         cosines = torch.cosine_similarity(W_dec[row], W_dec, dim=-1)
         cosines[row] = -2

@@ -99,13 +99,12 @@ class Nearest(NamedTuple):
     cosines: Float[Tensor, "latent n"]
 
 
-def nearest_rows(W_dec: Float[Tensor, "d_sae d_in"], start: int, end: int, n: int = 10) -> Nearest:
-    """Return the n other decoder rows with the largest cosine to rows start..end."""
-    unit = torch.nn.functional.normalize(W_dec, dim=-1)
+def nearest_rows(unit: Float[Tensor, "d_sae d_in"], start: int, end: int, n: int = 10) -> Nearest:
+    """Return the n other rows with the largest cosine to rows start..end; all have norm 1."""
     cosines = unit[start:end] @ unit.T
-    own = torch.arange(end - start, device=W_dec.device)
+    own = torch.arange(end - start, device=unit.device)
     cosines[own, own + start] = -2.0
-    found = cosines.topk(min(n, len(W_dec) - 1), dim=-1)
+    found = cosines.topk(min(n, len(unit) - 1), dim=-1)
     return Nearest(found.indices, found.values)
 
 

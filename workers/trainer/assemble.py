@@ -169,16 +169,18 @@ def _largest(row: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.int64]:
 
 
 def _thinned(spill: Spill, d_sae: int, kept: npt.NDArray[np.bool_], context_size: int) -> scipy.sparse.csc_array:
-    """The records of the kept contexts, [tokens, d_sae]."""
+    """The records of the kept contexts, [tokens of those, d_sae]."""
+    rank = np.cumsum(kept) - 1
     tokens: list[npt.NDArray[np.int64]] = []
     values: list[npt.NDArray[np.float32]] = []
     counts: list[npt.NDArray[np.int64]] = []
     for start, end in spill.chunks(0, d_sae, _LATENTS_PER_READ):
         part = spill.records(start, end)
-        mask = kept[part.tokens // context_size]
-        tokens.append(part.tokens[mask])
+        contexts, positions = np.divmod(part.tokens, context_size)
+        mask = kept[contexts]
+        tokens.append(rank[contexts[mask]] * context_size + positions[mask])
         values.append(part.values[mask])
         counts.append(np.diff(np.concatenate([[0], np.cumsum(mask)])[part.starts]))
     starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-    shape = (len(kept) * context_size, d_sae)
+    shape = (int(kept.sum()) * context_size, d_sae)
     return scipy.sparse.csc_array((np.concatenate(values), np.concatenate(tokens), starts), shape=shape)

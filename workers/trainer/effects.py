@@ -1,10 +1,10 @@
-"""Causal effects: what the model predicts after a top example's peak with and without the feature there.
+"""Causal effects: what the model predicts from a top example's peak on with and without the feature there.
 
 Ablating a feature at one position changes, at that position's layer and above, only that position and later ones. So
-the next-token distribution at the peak needs no second forward pass of the context: its keys and values are computed
-once, and each example adds two tokens behind it, one as it is and one ablated, that see what stands before the peak
-and themselves. All examples of a context go together. Where a model does not take such a pass (a plain one is compared
-with it first), and for the first positions of a text, an example costs a forward pass of its own.
+the predictions need no second forward pass of the context: its keys and values are computed once, and each example adds
+two branches behind it, the tokens from the peak on as they are and with the feature taken out of the first, that see
+what stands before the peak and themselves. All examples of a context go together. Where a model does not take such a
+pass (a plain one is compared with it first), and for the first positions of a text, an example costs two plain passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from workers.sae.coders import Coder, Sparse
 N_VOTES = 4
 """Tokens kept that a feature votes up, and as many down."""
 CONTEXTS_PER_PASS = 16
-LOGITS_BYTES = 128 * 2**20
+LOGITS_BYTES = 64 * 2**20
+"""Most memory of the log-probabilities of one context's branches at once; more examples wait for the next pass."""
 PLAIN_POSITIONS = 3
 """Peaks before this position get a plain pass each: it is short, and the huge activations of a text's first tokens
 (attention sinks) make another order of summation visible, 2e-3 in SmolLM2's log-probabilities at position 1."""
@@ -54,8 +55,12 @@ def effects(
     peaks: Sequence[Peak],
     context_size: int,
     bos: int | None,
+    reach: int,
 ) -> Iterator[tuple[Peak, Effect]]:
-    """Yield the effect of each peak, in an order that depends on the peaks alone. Definitions: app.evidence.Effect."""
+    """Yield the effect of each peak, in an order that depends on the peaks alone. Definitions: app.evidence.Effect.
+
+    It is followed for up to `reach` tokens behind the peak, as far as its context goes.
+    """
     ordered = sorted(peaks, key=lambda p: (p.context, p.position, p.coder, p.latent))
 
     def ids(rows: list[list[Peak]]) -> Tensor:
@@ -64,12 +69,12 @@ def effects(
 
     early = _by_context([peak for peak in ordered if peak.position < PLAIN_POSITIONS])
     late = _by_context([peak for peak in ordered if peak.position >= PLAIN_POSITIONS])
-    together = bool(late) and _agrees(model, coders, ids(late[-1:]), late[-1:])
+    together = bool(late) and _agrees(model, coders, ids(late[-1:]), late[-1:], reach)
     for rows, run in ((early, _one_by_one), (late, _appended if together else _one_by_one)):
         for start in range(0, len(rows), CONTEXTS_PER_PASS):
             part = rows[start : start + CONTEXTS_PER_PASS]
-            for peak, clean, ablated in run(model, coders, ids(part), part):
-                yield peak, effect_of(peak, clean, ablated, _next_token(stream, peak, context_size, bos))
+            for peak, clean, ablated in run(model, coders, ids(part), part, reach):
+                yield peak, effect_of(peak, clean, ablated, _next_tokens(stream, peak, len(clean), context_size, bos))
 
 
 def _by_context(peaks: Sequence[Peak]) -> list[list[Peak]]:
@@ -78,73 +83,101 @@ def _by_context(peaks: Sequence[Peak]) -> list[list[Peak]]:
     return sorted(rows, key=lambda row: (row[-1].position, row[0].context))
 
 
-def effect_of(peak: Peak, clean: Tensor, ablated: Tensor, following: int | None) -> Effect:
-    """Return the effect from the log-probabilities with and without the feature, [d_vocab] each."""
-    p, q = clean.exp(), ablated.exp()
+def effect_of(peak: Peak, clean: Tensor, ablated: Tensor, following: Sequence[int]) -> Effect:
+    """Return the effect from the log-probabilities from the peak on, with and without the feature, [pos, d_vocab] each.
+
+    following: the tokens that follow in the corpus, one less than positions at its very end.
+    """
+    p, q = clean[0].exp(), ablated[0].exp()
     change = p - q
     up, down = change.topk(min(N_VOTES, len(change))), (-change).topk(min(N_VOTES, len(change)))
+    kl = (clean.exp() * (clean - ablated)).sum(dim=-1).clamp_min(0)
+    tokens = torch.tensor(following, device=clean.device)[:, None]
+    loss = (clean - ablated)[: len(tokens)].gather(1, tokens)[:, 0]
     return Effect(
         context=peak.context,
         position=peak.position,
-        loss_change=float(clean[following] - ablated[following]) if following is not None else float("nan"),
-        kl=max(0.0, float((p * (clean - ablated)).sum())),
+        loss_change=float(loss[:1].mean()),
+        kl=float(kl[0]),
         up=tuple((t, v) for t, v in zip(up.indices.tolist(), up.values.tolist(), strict=True) if v > 0),
         down=tuple((t, -v) for t, v in zip(down.indices.tolist(), down.values.tolist(), strict=True) if v > 0),
+        n_later=len(clean) - 1,
+        later_loss_change=float(loss[1:].mean()),
+        later_kl=float(kl[1:].mean()),
     )
 
 
 @torch.inference_mode()
 def _appended(
-    model: LanguageModel, coders: Sequence[Coder], ids: Tensor, rows: Sequence[Sequence[Peak]]
+    model: LanguageModel, coders: Sequence[Coder], ids: Tensor, rows: Sequence[Sequence[Peak]], reach: int
 ) -> Iterator[tuple[Peak, Tensor, Tensor]]:
-    """Keys and values of the contexts once, then two tokens for each peak behind them."""
+    """Keys and values of the contexts once, then two branches for each peak behind them."""
     longest = max(peak.position for row in rows for peak in row)
     # A padding token keeps its place free: a model reads at least one token.
     seen = model.body(input_ids=ids[:, : max(longest, 1)], use_cache=True)
-    per_row = max(1, LOGITS_BYTES // (8 * model.card.d_vocab * len(rows)))
+    n = 1 + min(reach, ids.shape[1] - 1)
+    per_row = max(1, LOGITS_BYTES // (8 * model.card.d_vocab * n))
     for first in range(0, max(len(row) for row in rows), per_row):
         part = [row[first : first + per_row] for row in rows]
-        width = max(len(row) for row in part)
-        positions = torch.zeros(len(rows), 2 * width, dtype=torch.long, device=ids.device)
+        starts = torch.zeros(len(rows), max(len(row) for row in part), dtype=torch.long, device=ids.device)
         for number, row in enumerate(part):
-            for place, peak in enumerate(row):
-                positions[number, [place, place + width]] = peak.position
-        queries = ids.gather(1, positions)
-        cache = getattr(seen, model.cache_argument)
-        length = cache.get_seq_length()
-        mask = _mask(positions, length, model.dtype)
-        ablate = _ablations(coders, part, width)
-        with model.edited(ablate):
-            logits = model.hf(
-                input_ids=queries,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                **{model.cache_argument: cache},
-            ).logits
-        cache.crop(-queries.shape[1])
+            starts[number, : len(row)] = torch.tensor([peak.position for peak in row])
+        hidden = _branches(model, coders, ids, part, starts, n, getattr(seen, model.cache_argument))
         for number, row in enumerate(part):
+            # [peak, branch, pos, d_vocab]
+            found = model.unembed(hidden[number, : len(row)]).float().log_softmax(dim=-1)
             for place, peak in enumerate(row):
-                pair = logits[number, [place, place + width]].float().log_softmax(dim=-1)
-                yield peak, pair[0], pair[1]
+                inside = min(n, ids.shape[1] - peak.position)
+                yield peak, found[place, 0, :inside], found[place, 1, :inside]
 
 
-def _mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """What each appended token may attend to: what stands before its position, and itself. Additive."""
-    before = torch.arange(length, device=positions.device) < positions[..., None]
-    itself = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device).expand(len(positions), -1, -1)
-    allowed = torch.cat([before, itself], dim=-1)[:, None]
-    return torch.zeros(allowed.shape, dtype=dtype, device=positions.device).masked_fill_(
-        ~allowed, torch.finfo(dtype).min
-    )
+def _branches(
+    model: LanguageModel,
+    coders: Sequence[Coder],
+    ids: Tensor,
+    rows: Sequence[Sequence[Peak]],
+    starts: Tensor,
+    n: int,
+    cache: Any,
+) -> Tensor:
+    """Return what the final norm gives for two branches of n tokens from each start, [row, start, branch, pos, d].
+
+    The second of a start's two has its peak's feature ablated at its first token. Tokens behind the context's end are
+    padding, which nothing before them sees.
+    """
+    n_rows, width = starts.shape
+    own = (starts[:, :, None, None] + torch.arange(n, device=ids.device)).expand(-1, -1, 2, -1)
+    positions = own.clamp(max=ids.shape[1] - 1).reshape(n_rows, -1)
+    ablated = _ablations(coders, rows, n)
+    mask = _mask(starts, n, cache.get_seq_length(), model.dtype)
+    with model.edited(ablated):
+        hidden = model.body(
+            input_ids=ids.gather(1, positions),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{model.cache_argument: cache},
+        ).last_hidden_state
+    cache.crop(-positions.shape[1])
+    return hidden.view(n_rows, width, 2, n, -1)
 
 
-def _ablations(coders: Sequence[Coder], rows: Sequence[Sequence[Peak]], width: int) -> dict[str, Edit]:
-    """Edits that take each peak's feature out of the second of its two tokens, the one `width` further on."""
+def _mask(starts: Tensor, n: int, length: int, dtype: torch.dtype) -> Tensor:
+    """What each appended token may attend to: what stands before its branch, and that up to itself. Additive."""
+    first = starts[:, :, None].expand(-1, -1, 2 * n).flatten(1)  # [row, token]
+    before = torch.arange(length, device=starts.device) < first[..., None]
+    branch = torch.arange(first.shape[1], device=starts.device)
+    within = (branch[:, None] // n == branch // n) & (branch <= branch[:, None])
+    allowed = torch.cat([before, within.expand(len(starts), -1, -1)], dim=-1)[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=starts.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def _ablations(coders: Sequence[Coder], rows: Sequence[Sequence[Peak]], n: int) -> dict[str, Edit]:
+    """Edits that take each peak's feature out of the first token of the second of its two branches of n tokens."""
     places: dict[int, list[tuple[int, int, int]]] = {}
     for number, row in enumerate(rows):
         for place, peak in enumerate(row):
-            places.setdefault(peak.coder, []).append((number, place + width, peak.latent))
+            places.setdefault(peak.coder, []).append((number, (2 * place + 1) * n, peak.latent))
     return _edits(coders, {k: tuple(torch.tensor(c) for c in zip(*v, strict=True)) for k, v in places.items()})
 
 
@@ -181,33 +214,37 @@ def _edits(coders: Sequence[Coder], places: dict[int, tuple[Tensor, ...]]) -> di
 
 @torch.inference_mode()
 def _one_by_one(
-    model: LanguageModel, coders: Sequence[Coder], ids: Tensor, rows: Sequence[Sequence[Peak]]
+    model: LanguageModel, coders: Sequence[Coder], ids: Tensor, rows: Sequence[Sequence[Peak]], reach: int
 ) -> Iterator[tuple[Peak, Tensor, Tensor]]:
-    """A plain forward pass without and one with the ablation, to the peak."""
+    """A plain forward pass without and one with the ablation, as far as the effect is followed."""
     for number, row in enumerate(rows):
         for peak in row:
-            text = ids[number : number + 1, : peak.position + 1]
-            clean = _last_log_probs(model, text)
+            text = ids[number : number + 1, : peak.position + 1 + reach]
+            n = text.shape[1] - peak.position
+            clean = _last_log_probs(model, text, n)
             place = tuple(torch.tensor([n]) for n in (0, peak.position, peak.latent))
             with model.edited(_edits(coders, {peak.coder: place})):
-                yield peak, clean, _last_log_probs(model, text)
+                yield peak, clean, _last_log_probs(model, text, n)
 
 
-def _last_log_probs(model: LanguageModel, ids: Tensor) -> Tensor:
-    return model.hf(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().log_softmax(dim=-1)
+def _last_log_probs(model: LanguageModel, ids: Tensor, n: int) -> Tensor:
+    return model.hf(input_ids=ids, use_cache=False, logits_to_keep=n).logits[0].float().log_softmax(dim=-1)
 
 
-def _agrees(model: LanguageModel, coders: Sequence[Coder], ids: Tensor, rows: Sequence[Sequence[Peak]]) -> bool:
+def _agrees(
+    model: LanguageModel, coders: Sequence[Coder], ids: Tensor, rows: Sequence[Sequence[Peak]], reach: int
+) -> bool:
     """Tell whether the model takes appended tokens: this context's must predict as a plain pass does."""
     window = _window(model.hf.config)
     if window is not None and ids.shape[1] > window:
         return False
-    slow = list(_one_by_one(model, coders, ids[:1], [rows[0][:1]]))
+    slow = list(_one_by_one(model, coders, ids[:1], [rows[0][:1]], reach))
     found: Any = []
     with suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        found = list(_appended(model, coders, ids[:1], [rows[0][:1]]))
+        found = list(_appended(model, coders, ids[:1], [rows[0][:1]], reach))
     same = len(found) == 1 and all(
-        torch.allclose(a, b, atol=_TOLERANCE) for a, b in zip(found[0][1:], slow[0][1:], strict=True)
+        a.shape == b.shape and torch.allclose(a, b, atol=_TOLERANCE)
+        for a, b in zip(found[0][1:], slow[0][1:], strict=True)
     )
     if not same:
         _logger.warning("causal effects are measured with a forward pass each: this model takes no appended tokens")
@@ -220,8 +257,8 @@ def _window(config: Any) -> int | None:
     return getattr(text, "sliding_window", None)
 
 
-def _next_token(stream: Stream, peak: Peak, context_size: int, bos: int | None) -> int | None:
-    """The token that follows a position in the corpus, also where it begins the next context."""
+def _next_tokens(stream: Stream, peak: Peak, n: int, context_size: int, bos: int | None) -> list[int]:
+    """The tokens that follow n positions from a peak on, also where one begins the next context."""
     has_bos = bos is not None
     offset = peak.context * (context_size - has_bos) + peak.position - has_bos + 1
-    return int(stream.tokens[offset]) if offset < len(stream.tokens) else None
+    return stream.tokens[offset : offset + n].tolist()

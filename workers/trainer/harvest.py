@@ -439,7 +439,8 @@ def _measure_effects(context: JobContext, readings: Sequence[Reading], number: i
     coders = [reading.coder for reading in readings]
     started = time.monotonic()
     lines: list[str] = []
-    for peak, effect in effects(first.model, coders, first.stream, peaks, first.spec.context_size, first.bos):
+    asked = (first.spec.context_size, first.bos, first.spec.effect_reach)
+    for peak, effect in effects(first.model, coders, first.stream, peaks, *asked):
         lines.append(json.dumps([peak.coder, peak.latent, pack_effects([effect]).hex()]))
         speed = len(lines) / (time.monotonic() - started)
         left = (len(peaks) - len(lines)) / speed
@@ -550,13 +551,14 @@ def assembled(reading: Reading, records: spill.Spill, start: int, end: int) -> I
     correlation, places = _statistics(records, reading)
     unembedding = reading.model.unembedding()
     silence = _Silence(reading, records, places)
+    W_dec = reading.coder.W_dec
+    unit = torch.nn.functional.normalize(W_dec, dim=-1)
     for low, high in records.chunks(start, end, LATENTS_PER_CHUNK):
         chunk = records.records(low, high)
-        W_dec = reading.coder.W_dec
         # A hook that is not the residual stream (attn.hook_z) has no direct path of this width to the logits.
         fits = W_dec.shape[1] == unembedding.shape[1]
         promoted = logit_effects(folded(reading.model, W_dec[low:high]), unembedding) if fits else None
-        nearest = nearest_rows(W_dec, low, high)
+        nearest = nearest_rows(unit, low, high)
         strongest = correlation.strongest(low, high)
         for place in range(high - low):
             tokens, values = chunk.of(place)
