@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from sqlalchemy.orm import Session
+from typer.core import TyperGroup
 
 from app import (
     backups,
@@ -30,6 +31,7 @@ from app import (
     documents,
     exchange,
     formats,
+    harvestplan,
     harvests,
     hub,
     jobs,
@@ -38,6 +40,7 @@ from app import (
     origins,
     people,
     relocation,
+    present,
     supervisor,
     validations,
     weights,
@@ -501,7 +504,20 @@ def train(
     _queued(job_id, title, watch)
 
 
-@app.command()
+class _Harvest(TyperGroup):
+    """`harvest MODEL/SOURCE ...` begins one; its other verbs go by their names."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+_harvest = typer.Typer(cls=_Harvest, no_args_is_help=True, help="Gather evidence; list, show and remove it.")
+app.add_typer(_harvest, name="harvest")
+
+
+@_harvest.command("run")
 def harvest(
     sources: Annotated[list[str], typer.Argument(help="SAEs of one model, each as MODEL/SOURCE: one pass for all.")],
     corpus: Annotated[str, typer.Option(help="Corpus in the catalog.")],
@@ -512,11 +528,12 @@ def harvest(
     keep: Annotated[bool, typer.Option(help="Keep the sparse activations, so that more tokens can follow.")] = False,
     watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
 ) -> None:
-    """Queue the computation of evidence for every feature of some SAEs of one model."""
+    """Queue the computation of evidence for every feature of some SAEs of one model; `run` may be left out."""
     pairs = [_model_source(source) for source in sources]
     if len({model for model, _ in pairs}) > 1:
         raise BadInput("One harvest reads one model; harvest SAEs of different models apart.")
-    with _session(Settings()) as session:
+    settings = Settings()
+    with _session(settings) as session:
         cards = [catalog.source_card(session, *pair) for pair in pairs]
         model = catalog.model_entry(session, pairs[0][0]).card
         asked = HarvestSpec.model_validate(
@@ -525,27 +542,79 @@ def harvest(
                 "sources": [name for _, name in pairs],
                 "corpus": corpus,
                 "n_tokens": tokens,
-                "context_size": context_size or _context_size(cards, model.n_ctx),
+                "context_size": context_size or harvestplan.usual_context_size(cards, model.n_ctx),
                 "n_effects": effects,
                 "effect_reach": reach,
                 "keep_activations": keep,
             }
         )
-        title = f"Harvest {', '.join(sources)} from {corpus}"
-        corpora.corpus_named(session, corpus)
-        job_id = jobs.submit(session, Settings(), "harvest", title, asked.model_dump(mode="json")).id
+        takes = harvestplan.estimate(session, settings, asked)
+        job = harvestplan.queue(session, settings, asked)
+        job_id, title = job.id, job.title
+    _out.print(
+        f"About {present.duration(takes.seconds)} for {takes.n_tokens:,} tokens, {present.size(takes.memory_bytes)} of "
+        f"memory, {present.size(takes.kept_disk_bytes + takes.working_disk_bytes)} of disk.",
+        soft_wrap=True,
+    )
     _queued(job_id, title, watch)
 
 
-def _context_size(cards: list[catalog.SourceCard], most: int) -> int:
-    """The context size that the SAEs' configs name, where they agree; 128 where none does."""
-    sizes = {size for card in cards if isinstance(size := card.config.get("metadata", {}).get("context_size"), int)}
-    if len(sizes) > 1:
-        raise BadInput(
-            f"The SAEs were trained on contexts of {' and '.join(map(str, sorted(sizes)))} tokens; choose one with "
-            "--context-size."
-        )
-    return min(max(next(iter(sizes), 128), 8), 4096, most)
+@_harvest.command("list")
+def list_harvests() -> None:
+    """List the evidence of all SAEs."""
+    table = _list("harvest", "source", "corpus", "tokens", "context", "state", "shown", "job")
+    with _session(Settings()) as session:
+        for r in harvests.gathered(session):
+            table.add_row(
+                str(r.harvest.id),
+                f"{r.source.model_id}/{r.source.name}",
+                escape(r.corpus.name),
+                f"{r.harvest.n_tokens:,}",
+                str(r.harvest.context_size),
+                r.harvest.state,
+                "by default" if r.shown else "on request",
+                f"{r.job.id} {r.job.state}" if r.job else "",
+            )
+    _out.print(table)
+
+
+@_harvest.command("show")
+def show_harvest(harvest_id: int) -> None:
+    """Show one harvest: what was read, by which job, with which hashes."""
+    with _session(Settings()) as session:
+        r = harvests.harvest_of(session, harvest_id)
+        facts: dict[str, Any] = {
+            "source": f"{r.source.model_id}/{r.source.name}",
+            "corpus": f"{r.corpus.name} ({r.corpus.hash})",
+            "tokens": f"{r.harvest.n_tokens:,}",
+            "context size": r.harvest.context_size,
+            "first token": "none" if r.harvest.bos_token_id is None else r.harvest.bos_token_id,
+            "state": r.harvest.state,
+            "shown": "by default" if r.shown else "on request",
+            "job": f"{r.job.id} {r.job.state}" if r.job else "none",
+            "tokenizer": r.harvest.tokenizer_hash,
+            "kept activations": r.harvest.activations or "none",
+            **{k: v for k, v in r.harvest.summary.items() if isinstance(v, str | int | float)},
+            **{f"spec.{key}": value for key, value in (r.job.spec if r.job else {}).items()},
+        }
+    table = Table("", "", box=None, show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, escape(_number(value)))
+    _out.print(table)
+
+
+@_harvest.command("remove")
+def remove_harvest(harvest_id: int, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Delete the evidence of one harvest; other evidence of the SAE is shown instead."""
+    settings = Settings()
+    with _session(settings) as session:
+        r = harvests.harvest_of(session, harvest_id)
+        what = f"evidence of {r.source.model_id}/{r.source.name} from {r.corpus.name}, {r.harvest.n_tokens:,} tokens"
+    if not yes and not typer.confirm(f"Delete the {what}?"):
+        raise typer.Exit(1)
+    with _session(settings) as session:
+        harvests.remove_harvest(session, settings, harvest_id)
+    _out.print(f"Removed the {escape(what)}.", soft_wrap=True)
 
 
 @app.command("map")

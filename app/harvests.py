@@ -18,7 +18,19 @@ from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
 from app.labels import Text, row_of
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Explanation, Feature, FeatureMap, Harvest, HarvestState, Model, Source
+from app.tables import (
+    Corpus,
+    Evidence,
+    Explanation,
+    Feature,
+    FeatureMap,
+    Harvest,
+    HarvestState,
+    Job,
+    JobState,
+    Model,
+    Source,
+)
 from app.tokens import vocabulary
 from app.weights import SaeFacts, store_sae
 
@@ -68,7 +80,7 @@ def catalogue_sae(
         source = Source(model_id=model_id, name=name, layer=facts.layer, set_name=set_name, is_default=first)
         session.add(source)
     elif source.sae_hash != facts.hash:
-        _forget_evidence(session, source)
+        _forget_evidence(session, settings, source)
     store_sae(settings, facts.source, facts)
     source.sae_hash, source.architecture, source.hook_name = facts.hash, facts.architecture, facts.hook_name
     source.d_in, source.d_sae = facts.d_in, facts.d_sae
@@ -107,7 +119,7 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
     source = source_named(session, model_id, name)
     if source.sae_hash != sae_hash:
         raise Conflict(f"{model_id}/{name} was replaced a moment ago; look at it again before you remove it.")
-    _forget_evidence(session, source)
+    _forget_evidence(session, settings, source)
     explanations.forget(session, source.id)
     layer, was_default = source.layer, source.is_default
     session.delete(source)
@@ -118,6 +130,104 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
             heir.is_default = True
     if session.scalar(select(Source.id).where(Source.sae_hash == sae_hash).limit(1)) is None:
         session.info[_HELD][sae_hash].unused = settings.sae_dir(sae_hash)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A harvest with where it belongs."""
+
+    harvest: Harvest
+    source: Source
+    corpus: Corpus
+    job: Job | None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the source's pages show it unless asked otherwise."""
+        return self.source.harvest_id == self.harvest.id
+
+    @property
+    def moving(self) -> bool:
+        return self.job is not None and self.job.kind == "harvest" and not JobState(self.job.state).ended
+
+
+def gathered(
+    session: Session, model_id: str = "", source_id: int = 0, harvest_id: int = 0, job_id: int = 0
+) -> list[Gathered]:
+    """Return harvests, newest first: all, or those of a model, a source or a job, or one."""
+    query = (
+        select(Harvest, Source, Corpus, Job)
+        .join(Source, Source.id == Harvest.source_id)
+        .join(Corpus, Corpus.id == Harvest.corpus_id)
+        .outerjoin(Job, Job.id == Harvest.job_id)
+        .order_by(Harvest.id.desc())
+    )
+    wanted = (
+        (Source.model_id, model_id),
+        (Source.id, source_id),
+        (Harvest.id, harvest_id),
+        (Harvest.job_id, job_id),
+    )
+    for column, value in wanted:
+        query = query.where(column == value) if value else query
+    return [Gathered(*row) for row in session.execute(query)]
+
+
+def harvest_of(session: Session, harvest_id: int) -> Gathered:
+    found = gathered(session, harvest_id=harvest_id) if 0 < harvest_id < 2**31 else []
+    if not found:
+        raise NotFound(f"There is no harvest {harvest_id}; `sae-atlas harvest list` names those there are.")
+    return found[0]
+
+
+def remove_harvest(session: Session, settings: Settings, harvest_id: int) -> Source:
+    """Delete one harvest's evidence; its kept activations too, with the commit, unless another harvest uses them.
+
+    What else the source has is shown instead. Raises Conflict while its job gathers it.
+    """
+    found = harvest_of(session, harvest_id)
+    if found.moving and found.job is not None:
+        raise Conflict(f"Job {found.job.id} is gathering it; cancel that first.")
+    source, kept = found.source, found.harvest.activations
+    if found.shown:
+        others = [other for other in gathered(session, source_id=source.id) if other.harvest.id != harvest_id]
+        if others:
+            show(session, settings, source, others[0].harvest.id)
+        else:
+            source.harvest_id = None
+            session.flush()
+            _clear_rows(session, source)
+    session.execute(delete(Evidence).where(Evidence.harvest_id == harvest_id))
+    session.execute(delete(Harvest).where(Harvest.id == harvest_id))
+    _drop_kept(session, settings, source.model_id, [kept])
+    return source
+
+
+_UNUSED = "unused directories"
+
+
+def _drop_kept(session: Session, settings: Settings, model_id: str, keys: Iterable[str]) -> None:
+    """Delete kept activations with the commit, unless another harvest or one that runs needs them."""
+    waiting = (JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
+    specs = session.scalars(select(Job.spec).where(Job.kind == "harvest", Job.state.in_(waiting)))
+    if any(spec.get("model") == model_id and spec.get("keep_activations") for spec in specs):
+        return
+    used = set(session.scalars(select(Harvest.activations).where(Harvest.activations.in_(list(keys)))))
+    for key in set(keys) - used - {""}:
+        if _UNUSED not in session.info:
+            event.listen(session, "after_commit", _delete_kept)
+            event.listen(session, "after_rollback", _keep_all)
+        session.info.setdefault(_UNUSED, set()).add(settings.activations_dir(key))
+
+
+def _keep_all(session: Session) -> None:
+    session.info[_UNUSED].clear()
+
+
+def _delete_kept(session: Session) -> None:
+    for directory in session.info[_UNUSED]:
+        _delete_directory(directory)
+    session.info[_UNUSED].clear()
 
 
 _HELD = "weights held"
@@ -151,7 +261,7 @@ def _hold_weights(session: Session, settings: Settings, sae_hash: str) -> None:
 
 def _delete_unused(session: Session) -> None:
     for held in session.info[_HELD].values():
-        _delete_weights(held.unused)
+        _delete_directory(held.unused)
 
 
 def _let_go(session: Session, transaction: SessionTransaction) -> None:
@@ -162,10 +272,11 @@ def _let_go(session: Session, transaction: SessionTransaction) -> None:
         session.info[_HELD].clear()
 
 
-def _forget_evidence(session: Session, source: Source) -> None:
+def _forget_evidence(session: Session, settings: Settings, source: Source) -> None:
     """Delete what was harvested from a source's weights. What people wrote stays."""
     source.harvest_id = None
     session.flush()
+    kept = list(session.scalars(select(Harvest.activations).where(Harvest.source_id == source.id)))
     harvests = select(Harvest.id).where(Harvest.source_id == source.id)
     session.execute(delete(Evidence).where(Evidence.harvest_id.in_(harvests)))
     matches.forget(session, source.id)
@@ -173,10 +284,11 @@ def _forget_evidence(session: Session, source: Source) -> None:
     for table in (Harvest, Feature, FeatureMap):
         session.execute(delete(table).where(table.source_id == source.id))
     explanations.forget_automatic(session, source.id)
+    _drop_kept(session, settings, source.model_id, kept)
 
 
-def _delete_weights(directory: Path | None) -> None:
-    """Delete weights; a reader never sees half of them."""
+def _delete_directory(directory: Path | None) -> None:
+    """Delete weights or activations; a reader never sees half of them."""
     if directory is not None and directory.is_dir():
         gone = directory.with_name(f".gone-{directory.name}")
         directory.replace(gone)
@@ -248,7 +360,8 @@ def show(session: Session, settings: Settings, source: Source, harvest_id: int) 
         raise NotFound(
             f"The tokens of corpus {corpus.name!r} are not on this machine: labels cannot be made from them."
         )
-    words = vocabulary(settings.model_dir(source.model_id) / "vocabulary.json")
+    imported = harvest.tokenizer_hash == corpora.IMPORTED
+    words = vocabulary((tokens if imported else settings.model_dir(source.model_id)) / corpora.VOCABULARY)
     text = Text(corpora.Stream.open(tokens), words, harvest.context_size, harvest.bos_token_id)
     _clear_rows(session, source)
     labels = _human_labels(session, source)

@@ -431,6 +431,13 @@ def amount(value: float) -> str:
     return f"{value:.{decimals}f}" if size >= 0.01 else f"{value:.2g}"
 
 
+def duration(seconds: float) -> str:
+    """Return a span as people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def percent(share: float) -> str:
     """Return a fraction as a percentage, exact enough for densities of one in a million."""
     value = share * 100

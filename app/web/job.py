@@ -13,14 +13,16 @@ from fastapi import APIRouter, Form, Request
 from sqlalchemy.orm import Session
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from app import jobs
+from app import harvests, jobs
 from app.catalog import parse_index
 from app.errors import BadInput
+from app.harvests import Gathered
 from app.jobs import MAX_PRIORITY
 from app.settings import Settings
 from app.tables import Job, JobMetric, JobState, now
 from app.web.access import EDITOR, VIEWER
 from app.web.guard import CHART_POLICY
+from app.web.harvests import address
 from app.web.pages import Config, Db, partial, render
 
 router = APIRouter()
@@ -103,6 +105,10 @@ class JobPage:
     result: tuple[tuple[str, str], ...]
     figures: tuple[dict[str, Any], ...]
     latest: tuple[tuple[str, str], ...]
+    again: str
+    """The form filled in as this job was asked for; nothing where its kind has none."""
+    evidence: tuple[Gathered, ...]
+    """What it gathered, or has gathered so far."""
 
 
 @router.get("/jobs", dependencies=[VIEWER])
@@ -200,6 +206,8 @@ def _show(request: Request, session: Session, settings: Settings, job_id: int) -
             (_CURVES.get(k, k.replace("_", " ")), f"{v:.4g}" if isinstance(v, float) else str(v))
             for k, v in last.items()
         ),
+        again=address(job.spec) if job.kind == "harvest" else "",
+        evidence=tuple(harvests.gathered(session, job_id=job.id)) if job.kind == "harvest" else (),
     )
     return render(request, "_job.html" if partial(request) else "job.html", page, headers=dict(_HEADERS))
 

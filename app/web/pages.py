@@ -75,6 +75,7 @@ class Pages:
         self.env.globals["static"] = lambda name: f"/static/{version}/{name}"  # pyright: ignore[reportArgumentType]
         self.env.filters |= {
             "amount": present.amount,
+            "duration": present.duration,
             "percent": present.percent,
             "bytes": present.size,
             "shown": shown,

@@ -15,6 +15,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
 from app.maps import Map
+from app.harvests import Gathered
 from app.placement import placement
 from app.present import amount, percent
 from app.protocol import ModelCard
@@ -180,6 +181,8 @@ class SourcePage:
     validation: Validation | None
     check: Job | None
     """The check that waits or runs."""
+    harvests: tuple[Gathered, ...]
+    """All evidence it has, newest first."""
     shared: tuple[str, ...]
     """Other sources with the same weights, which stay when this one is removed."""
 
@@ -325,6 +328,7 @@ def source_page(
         features=_table(session, found, wanted, drawn),
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
+        harvests=tuple(harvests.gathered(session, source_id=found.id)),
         shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
     )
     return render(request, "source.html", page)
