@@ -94,24 +94,45 @@ def export_bundle(
     session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report
 ) -> Manifest:
     """Write a source with its evidence to a new directory. Raises NotFound without evidence, Conflict if out exists."""
-    source = harvests.source_named(session, model_id, name)
-    harvest = session.get(Harvest, source.harvest_id) if source.harvest_id else None
-    if harvest is None:
-        raise NotFound(f"{model_id}/{name} has no evidence yet. Run `sae-atlas harvest {model_id}/{name}` first.")
     if out.exists():
         raise Conflict(f"{out} exists already; choose a new directory.")
-    corpus = session.get_one(Corpus, harvest.corpus_id)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=".new-"))
     try:
-        _write_files(session, settings, source, harvest, corpus, scratch, report)
-        manifest = _manifest(session, source, harvest, corpus, scratch)
-        (scratch / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        for _ in write(session, settings, model_id, name, scratch, report):
+            pass
         scratch.chmod(0o755)
         os.rename(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
+    return _read_manifest(out)
+
+
+def write(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> Iterator[Path]:
+    """Write a source with its evidence into a directory, and yield its files, the manifest last.
+
+    Raises NotFound without evidence, weights or tokens.
+    """
+    source = harvests.source_named(session, model_id, name)
+    harvest = session.get(Harvest, source.harvest_id) if source.harvest_id else None
+    if harvest is None:
+        raise NotFound(f"{model_id}/{name} has no evidence yet. Run `sae-atlas harvest {model_id}/{name}` first.")
+    corpus = session.get_one(Corpus, harvest.corpus_id)
+    if not all((settings.sae_dir(source.sae_hash) / Path(file).name).is_file() for file in SAE_FILES):
+        raise NotFound(f"{model_id}/{name} has no weights here, and a bundle holds them; choose another format.")
+    if not (tokens_dir(settings, corpus.hash, harvest.tokenizer_hash) / "stream.bin").is_file():
+        raise NotFound(f"The tokens of corpus {corpus.name} are not on this machine; nothing can be exported.")
+    return _written(session, settings, source, harvest, corpus, out, report)
+
+
+def _written(
+    session: Session, settings: Settings, source: Source, harvest: Harvest, corpus: Corpus, out: Path, report: Report
+) -> Iterator[Path]:
+    _write_files(session, settings, source, harvest, corpus, out, report)
+    manifest = _manifest(session, source, harvest, corpus, out)
+    (out / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    for file in (*manifest.files, MANIFEST):
+        yield out / file
 
 
 def import_bundle(session: Session, settings: Settings, path: Path, report: Report) -> Source:

@@ -101,6 +101,8 @@ RESERVED = frozenset(
 )
 """First segments of addresses that mean something else: no model may be called so."""
 
+DERIVED_COUNTS = "derived_counts"
+"""In a harvest's summary: numbers of active tokens were not said, but follow from density and histogram."""
 NO_WEIGHTS = "none-"
 """How the weights' hash of a source begins that has none."""
 
@@ -210,6 +212,11 @@ class HarvestCard:
     def imported(self) -> bool:
         """Its tokens are strings that came with it, not ids of the model's tokenizer."""
         return self.tokenizer_hash == IMPORTED
+
+    @property
+    def derived_counts(self) -> bool:
+        """Numbers of active tokens are derived: about right."""
+        return bool(self.summary.get(DERIVED_COUNTS))
 
     @property
     def partial(self) -> bool:

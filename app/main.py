@@ -39,6 +39,7 @@ from app.web import (
     corpora,
     docs,
     embed,
+    exchange,
     feature,
     harvests,
     home,
@@ -105,7 +106,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
     # Counts bodies that come in chunks; Guard has refused those that say their length.
     # Uploads count for themselves and have a sentence for it; LargerBodies is only a stop behind that.
-    larger = {upload.PATH: settings.max_sae_bytes + SLACK_BYTES, corpora.PATH: settings.max_corpus_bytes + SLACK_BYTES}
+    largest = {
+        upload.PATH: settings.max_sae_bytes,
+        corpora.PATH: settings.max_corpus_bytes,
+        exchange.PATH: settings.max_import_bytes,
+    }
+    larger = {path: most + SLACK_BYTES for path, most in largest.items()}
     app.add_middleware(LargerBodies, larger={path: 2 * most for path, most in larger.items()})
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
@@ -136,6 +142,7 @@ def create_app(settings: Settings) -> FastAPI:
         compare,
         corpora,
         harvests,
+        exchange,
         docs,
         job,
         lists,

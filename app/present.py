@@ -169,6 +169,8 @@ class FeatureView:
     density: float
     max_act: float
     mean_act: float
+    counts_derived: bool
+    """The number of active tokens follows from other numbers of an import: about right."""
     kind: Literal["dead", "dense", "usual"]
     top: tuple[Shown, ...]
     groups: tuple[Group, ...]
@@ -202,6 +204,7 @@ def feature_view(
     width: Width = "16",
     per_example: bool = False,
     effects: Sequence[Effect] = (),
+    counts_derived: bool = False,
 ) -> FeatureView:
     """Return what the page of a feature shows. Without contexts there are numbers but no examples.
 
@@ -228,6 +231,7 @@ def feature_view(
         density=evidence.density,
         max_act=evidence.max_act,
         mean_act=evidence.mean_act,
+        counts_derived=counts_derived,
         kind="dead" if evidence.n_active == 0 else "dense" if evidence.density > DENSE else "usual",
         top=_with_effects(fold([window(example) for example in evidence.top]), measured) if readable else (),
         groups=_groups(evidence, window) if readable else (),

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     )
     max_sae_bytes: int = Field(default=16 * 2**30, ge=1, description="Largest SAE file accepted, in bytes.")
     max_corpus_bytes: int = Field(default=64 * 2**30, ge=1, description="Most text one corpus may hold, in bytes.")
+    max_import_bytes: int = Field(
+        default=64 * 2**30, ge=1, description="Largest import that a browser may send, packed and unpacked, in bytes."
+    )
     max_d_sae: int = Field(default=2**20, ge=1, description="Widest SAE accepted, in latents.")
     cache_bytes: int = Field(
         default=50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes."

@@ -80,6 +80,16 @@ class CorpusSpec(Spec):
     split: str = Field("train", max_length=100, description="Split of that dataset.")
 
 
+class ImportSpec(Spec):
+    """Read evidence that a browser sent: a bundle, a Neuronpedia export, batches of sae_dashboard."""
+
+    path: str = Field(description="Directory or file that holds it, on the trainer's machine.")
+    root: str = Field(description="The upload it belongs to, deleted once it is read.")
+    uploaded_as: str = Field("", max_length=200, description="What the upload was called.")
+    model: str = Field("", max_length=200, description="Model id to import under, where the files' own will not do.")
+    set_name: str = Field("", max_length=64, description="Set name to import under.")
+
+
 class MapSpec(Spec):
     """Draw the decoder directions of an SAE on a plane, near ones close together, and name the clusters."""
 

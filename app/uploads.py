@@ -45,7 +45,7 @@ def sweep(session: Session, settings: Settings, older_than: float = KEPT_SECONDS
     """Delete uploads that no job will read: those of jobs that ended without reading them, and of broken requests."""
     waiting = (JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
     specs = session.scalars(select(Job.spec).where(Job.kind.in_(("bulk", "corpus", "import")), Job.state.in_(waiting)))
-    needed = {str(spec.get("path", "")) for spec in specs}
+    needed = {str(spec.get("root") or spec.get("path", "")) for spec in specs}
     for path in home(settings).glob("*"):
         with suppress(FileNotFoundError):  # another request may sweep too
             if str(path) not in needed and time.time() - path.stat().st_mtime > older_than:

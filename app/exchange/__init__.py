@@ -12,6 +12,7 @@ SAE Atlas' own format, which loses nothing, is app.bundles.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -22,8 +23,10 @@ from app import bundles
 from app.documents import Report
 from app.errors import BadFile, BadInput
 from app.exchange import neuronpedia, sae_dashboard, tables
+from app.exchange.exported import fresh_directory
 from app.exchange.imported import Place
 from app.settings import Settings
+from app.specs import ImportSpec
 from app.tables import Source
 
 
@@ -38,15 +41,57 @@ def export(
     session: Session, settings: Settings, model_id: str, name: str, out: Path, form: Format, report: Report
 ) -> None:
     """Write a source with its evidence into a new directory. Raises NotFound without evidence."""
+    with fresh_directory(out) as scratch:
+        for _ in files(session, settings, model_id, name, scratch, form, report):
+            pass
+
+
+def files(
+    session: Session, settings: Settings, model_id: str, name: str, out: Path, form: Format, report: Report
+) -> Iterator[Path]:
+    """Write a source with its evidence into a directory, and yield each file once it is whole.
+
+    What cannot be exported is refused here, before the first one.
+    """
     match form:
         case Format.BUNDLE:
-            bundles.export_bundle(session, settings, model_id, name, out, report)
+            return bundles.write(session, settings, model_id, name, out, report)
         case Format.PARQUET:
-            tables.export(session, settings, model_id, name, out, report)
+            return tables.write(session, settings, model_id, name, out, report)
         case Format.NEURONPEDIA:
-            neuronpedia.export(session, settings, model_id, name, out, report)
+            return neuronpedia.write(session, settings, model_id, name, out, report)
         case Format.SAE_DASHBOARD:
-            sae_dashboard.export(session, settings, model_id, name, out, report)
+            return sae_dashboard.write(session, settings, model_id, name, out, report)
+
+
+def title_of(spec: ImportSpec) -> str:
+    return f"Import {spec.uploaded_as or Path(spec.path).name}"
+
+
+def found_in(path: Path) -> Path:
+    """Return what can be imported in a directory: itself, or the only thing it holds.
+
+    Raises BadFile where it is none of the formats.
+    """
+    for _ in range(4):
+        if is_known(path):
+            return path
+        inside = [entry for entry in path.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
+        if len(inside) != 1 or not inside[0].is_dir():
+            break
+        path = inside[0]
+    raise BadFile(
+        f"This is no bundle ({bundles.MANIFEST}), no Neuronpedia export (features/batch-N.jsonl.gz, ...) and no "
+        "directory of sae_dashboard's batches (batch-N.json)."
+    )
+
+
+def is_known(path: Path) -> bool:
+    return bool(
+        (path / bundles.MANIFEST).is_file()
+        or sae_dashboard.batches(path)
+        or (path.is_dir() and neuronpedia.sources(path))
+    )
 
 
 def import_(

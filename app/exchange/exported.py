@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from app import catalog, evidence
 from app.catalog import HarvestCard, SourceCard
 from app.corpora import Stream, tokens_dir
 from app.errors import Conflict, NotFound
-from app.evidence import Example, FeatureEvidence
+from app.evidence import Effect, Example, FeatureEvidence, Silent
+from app.exchange import rows
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.tables import Evidence, Explanation
+from app.tables import Evidence, Explanation, Feature
 from app.tokens import Vocabulary
 
 
@@ -48,10 +49,43 @@ class Exported:
         words = catalog.words_of(settings, model_id, harvest)
         return cls(session, card, source, harvest, Stream.open(directory), words)
 
-    def features(self) -> Iterator[tuple[int, FeatureEvidence]]:
-        query = select(Evidence.index, Evidence.blob).where(Evidence.harvest_id == self.harvest.id)
-        for index, blob in self.session.execute(query.order_by(Evidence.index).execution_options(yield_per=500)):
-            yield index, evidence.unpack(blob)
+    def features(self) -> Iterator[tuple[int, FeatureEvidence, tuple[Effect, ...]]]:
+        """Every feature with its evidence and the causal effects of its top examples."""
+        query = select(Evidence.index, Evidence.blob, Evidence.effects).where(Evidence.harvest_id == self.harvest.id)
+        stored = self.session.execute(query.order_by(Evidence.index).execution_options(yield_per=500))
+        for index, blob, effects in stored:
+            yield index, evidence.unpack(blob), () if effects is None else evidence.unpack_effects(effects)
+
+    def labels(self) -> dict[int, str]:
+        query = select(Feature.index, Feature.label).where(Feature.source_id == self.source.id)
+        return {index: label for index, label in self.session.execute(query)}  # noqa: C416 - rows are no mapping
+
+    def feature_row(self, found: FeatureEvidence, index: int) -> dict[str, Any]:
+        """A feature's statistics, with the contexts it is silent in, which no other program's format has."""
+        row = rows.feature_row(found, index, self.words.string)
+        for name in ("silent", "hard_negatives"):
+            group: tuple[Silent, ...] = getattr(found, name)
+            row[name] = [
+                {
+                    "tokens": self.tokens_of(silent.context),
+                    "position": max(silent.position - self.skipped, 0),
+                    "neighbour": silent.neighbour,
+                    "title": self.title_at(silent.context, silent.position),
+                }
+                for silent in group
+            ]
+        return row
+
+    def effect_of(
+        self, example: Example, bounds: tuple[float, float, float], effects: Sequence[Effect]
+    ) -> dict[str, Any]:
+        """The causal effect of a top example as a field of its row; nothing where none was measured."""
+        if bounds[2] != -1:
+            return {}
+        for effect in effects:
+            if effect.context == example.context:
+                return {"effect": rows.effect_row(effect, self.skipped, self.words.string)}
+        return {}
 
     def explanations(self) -> Iterator[dict[str, Any]]:
         query = select(Explanation).where(Explanation.source_id == self.source.id)
@@ -74,11 +108,17 @@ class Exported:
         return 0 if self.harvest.bos_token_id is None else 1
 
     def tokens(self, example: Example) -> list[str]:
-        ids = self.stream.context(example.context, self.harvest.context_size, self.harvest.bos_token_id)
+        return self.tokens_of(example.context)
+
+    def tokens_of(self, context: int) -> list[str]:
+        ids = self.stream.context(context, self.harvest.context_size, self.harvest.bos_token_id)
         return self.words.strings(ids[self.skipped :])
 
     def title(self, example: Example) -> str:
-        return self.stream.title(example.context, example.peak, self.harvest.context_size, self.harvest.bos_token_id)
+        return self.title_at(example.context, example.peak)
+
+    def title_at(self, context: int, position: int) -> str:
+        return self.stream.title(context, position, self.harvest.context_size, self.harvest.bos_token_id)
 
 
 @contextmanager

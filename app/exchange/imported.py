@@ -14,7 +14,7 @@ import sqlite3
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,23 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from app import embeddings, harvests, wording
-from app.catalog import NO_WEIGHTS
+from app.catalog import DERIVED_COUNTS, NO_WEIGHTS
 from app.corpora import IMPORTED, VOCABULARY, usable_name
 from app.documents import Report
 from app.errors import BadFile, Conflict, TooLarge
-from app.exchange.rows import MAX_EXAMPLES, ActivationRow, ExplanationRow, FeatureRow, Sparse, evidence_of, sparse
+from app.evidence import Effect, FeatureEvidence, Silent
+from app.exchange.rows import (
+    MAX_EXAMPLES,
+    ActivationRow,
+    EffectRow,
+    ExplanationRow,
+    FeatureRow,
+    SilentRow,
+    Sparse,
+    effect_of,
+    evidence_of,
+    sparse,
+)
 from app.harvests import HEURISTIC, FeatureRecord
 from app.models import check_id
 from app.protocol import ModelCard
@@ -36,6 +48,7 @@ from app.settings import Settings
 from app.tables import Corpus, Explanation, Feature, Harvest, Model, Source
 from app.tokens import write_vocabulary
 
+SILENT = ("silent", "hard_negatives")
 MAX_VOCABULARY = 4_000_000
 _MAX_SHARED = 2_000_000
 """Contexts remembered so that a text that several features show is stored once; beyond, it is stored again."""
@@ -73,6 +86,9 @@ class Intake:
         self._db.execute("BEGIN")
         self._db.execute("CREATE TABLE features (latent INTEGER PRIMARY KEY, row TEXT)")
         self._db.execute("CREATE TABLE examples (latent INTEGER, peak REAL, token TEXT, row TEXT)")
+        self._db.execute("CREATE TABLE silent (latent INTEGER, kind TEXT, context INTEGER, row TEXT)")
+        self._db.execute("CREATE INDEX silent_of ON silent (latent)")
+        self._db.execute("CREATE TABLE effects (latent INTEGER, context INTEGER, row TEXT)")
         self._db.execute("CREATE TABLE explanations (latent INTEGER, row TEXT)")
         self._stream = (scratch / "rows.bin").open("w+b")
         self._token_ids: dict[str, int] = {}
@@ -80,16 +96,24 @@ class Intake:
         self._lengths: list[int] = []
         self._titles: list[str] = []
         self.n_features = 0
+        self.derived = False
+        """Whether some feature's number of active tokens was not said."""
 
     def close(self) -> None:
         self._db.close()
         self._stream.close()
 
-    def add_feature(self, row: FeatureRow) -> None:
+    def add_feature(self, row: FeatureRow, place: str) -> None:
         # Logits share the examples' vocabulary, which has to be whole before the first feature is written.
         for token in (*row.pos_str, *row.neg_str):
             self.token_id(token)
-        self._db.execute("INSERT OR REPLACE INTO features VALUES (?, ?)", (row.index, row.model_dump_json()))
+        self.derived = self.derived or row.counts_are_derived
+        self._db.execute("DELETE FROM silent WHERE latent = ?", (row.index,))
+        for kind in SILENT:
+            for silent in getattr(row, kind):
+                self._add_silent(row.index, kind, silent, place)
+        bare = row.model_copy(update={kind: [] for kind in SILENT})
+        self._db.execute("INSERT OR REPLACE INTO features VALUES (?, ?)", (row.index, bare.model_dump_json()))
         self.n_features = max(self.n_features, row.index + 1)
 
     def add_example(self, index: int, row: ActivationRow, place: str) -> None:
@@ -97,10 +121,24 @@ class Intake:
         self.n_features = max(self.n_features, index + 1)
         if found is None:
             return
+        context = self._context(row.tokens, row.title)
+        if row.effect is not None and found.is_top:
+            for token, _ in (*row.effect.up, *row.effect.down):
+                self.token_id(token)
+            if row.effect.position >= len(row.tokens):
+                raise BadFile(f"{place}: the effect is at {row.effect.position} of {len(row.tokens)} tokens.")
+            self._db.execute("INSERT INTO effects VALUES (?, ?, ?)", (index, context, row.effect.model_dump_json()))
         peak = max(found.values)
         token = row.tokens[found.positions[found.values.index(peak)]]
-        line = json.dumps({**found.__dict__, "context": self._context(row)})
+        line = json.dumps({**found.__dict__, "context": context})
         self._db.execute("INSERT INTO examples VALUES (?, ?, ?, ?)", (index, peak, token, line))
+
+    def _add_silent(self, index: int, kind: str, row: SilentRow, place: str) -> None:
+        if row.position >= len(row.tokens):
+            raise BadFile(f"{place}: {kind} looks at {row.position} of {len(row.tokens)} tokens.")
+        context = self._context(row.tokens, row.title)
+        line = json.dumps({"position": row.position, "neighbour": row.neighbour})
+        self._db.execute("INSERT INTO silent VALUES (?, ?, ?, ?)", (index, kind, context, line))
 
     def add_explanation(self, row: ExplanationRow) -> None:
         self._db.execute("INSERT INTO explanations VALUES (?, ?)", (row.index, row.model_dump_json()))
@@ -114,6 +152,7 @@ class Intake:
     def features(self, d_sae: int, tokens_seen: int) -> Iterator[FeatureRecord]:
         """Every latent below d_sae in order, with its examples; one that the import says nothing of is silent."""
         self._db.execute("CREATE INDEX IF NOT EXISTS examples_latent ON examples (latent)")
+        self._db.execute("CREATE INDEX IF NOT EXISTS effects_latent ON effects (latent)")
         self._db.execute("CREATE INDEX IF NOT EXISTS explanations_latent ON explanations (latent)")
         for index in range(d_sae):
             yield self._record(index, d_sae, tokens_seen)
@@ -167,10 +206,10 @@ class Intake:
     def n_contexts(self) -> int:
         return len(self._lengths)
 
-    def _context(self, row: ActivationRow) -> int:
-        ids: npt.NDArray[np.uint32] = np.array([self.token_id(token) for token in row.tokens], dtype="<u4")
+    def _context(self, tokens: list[str], title: str | None) -> int:
+        ids: npt.NDArray[np.uint32] = np.array([self.token_id(token) for token in tokens], dtype="<u4")
         # A context that runs over several documents is titled by where its feature peaks.
-        title = (row.title or "")[:500]
+        title = (title or "")[:500]
         key = hashlib.blake2b(ids.tobytes() + title.encode(), digest_size=12).digest()
         there = self._contexts.get(key)
         if there is not None:
@@ -197,13 +236,30 @@ class Intake:
         best = self._db.execute(
             "SELECT token FROM examples WHERE latent = ? ORDER BY peak DESC, rowid LIMIT 1", (index,)
         ).fetchone()
+        made = evidence_of(row, found, self.token_id, d_sae, tokens_seen)
         return FeatureRecord(
             index=index,
-            evidence=evidence_of(row, found, self.token_id, d_sae, tokens_seen),
+            evidence=replace(made, **{kind: self._silent(index, kind) for kind in SILENT}),
+            effects=self._effects(index, made),
             label=self._automatic_label(index),
             top_token=best[0] if best else "",
             top_logit=row.pos_str[0] if row.pos_str else "",
         )
+
+    def _silent(self, index: int, kind: str) -> tuple[Silent, ...]:
+        lines = self._db.execute(
+            "SELECT context, row FROM silent WHERE latent = ? AND kind = ? ORDER BY rowid", (index, kind)
+        )
+        return tuple(Silent(context=context, **json.loads(line)) for context, line in lines)
+
+    def _effects(self, index: int, made: FeatureEvidence) -> tuple[Effect, ...] | None:
+        """In the order of the top examples; None where the import has none for this feature."""
+        lines = self._db.execute("SELECT context, row FROM effects WHERE latent = ?", (index,))
+        rows = {context: EffectRow.model_validate_json(line) for context, line in lines}
+        if not rows:
+            return None
+        known = (e.context for e in made.top if e.context in rows)
+        return tuple(effect_of(rows[context], context, self.token_id) for context in known)
 
     def _automatic_label(self, index: int) -> str:
         for (line,) in self._db.execute("SELECT row FROM explanations WHERE latent = ? ORDER BY rowid", (index,)):
@@ -260,7 +316,7 @@ def catalogue(session: Session, settings: Settings, place: Place, rows: Intake, 
     densities, seen = np.zeros(d_sae), np.zeros(d_sae, dtype=np.int64)
     records = _measured(rows, place, densities, seen, report)
     made = harvests.record(session, source, harvest, records, show=True)
-    made.summary = _summary(densities)
+    made.summary = _summary(densities) | ({DERIVED_COUNTS: True} if rows.derived else {})
     made.n_tokens = place.tokens_seen or int(seen.max())
     _explain(session, source, rows, d_sae)
     session.flush()

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from app.documents import Report, json_rows, numbered_lines, unpacked
 from app.errors import BadFile, BadInput
-from app.exchange.exported import Exported, fresh_directory
+from app.exchange.exported import Exported
 from app.exchange.imported import Intake, Place, catalogue, check_place, intake
 from app.exchange.rows import (
     ActivationRow,
@@ -26,7 +26,6 @@ from app.exchange.rows import (
     FeatureRow,
     dense,
     examples_of,
-    feature_row,
     judged,
 )
 from app.hub import NEURONPEDIA_ID
@@ -38,17 +37,23 @@ ABOUT = ("release", "model", "sourceset", "source")
 BATCH = 1_024
 
 
-def export(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> None:
-    """Write a source's evidence as Neuronpedia exports it, under out/{model}/{source}."""
-    found = Exported.open(session, settings, model_id, name)
-    with fresh_directory(out) as scratch:
-        home = scratch / model_id / name
-        for kind in KINDS:
-            (home / kind).mkdir(parents=True)
-        for kind, row in _about(found).items():
-            (home / f"{kind}.jsonl").write_text(_line(row))
-        _write_features(found, home, report)
-        _write_batches(home / "explanations", (_line(row) for row in found.explanations()))
+def write(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> Iterator[Path]:
+    """Write a source's evidence as Neuronpedia exports it, under out/{model}/{source}, and yield its files."""
+    return _written(Exported.open(session, settings, model_id, name), out, report)
+
+
+def _written(found: Exported, out: Path, report: Report) -> Iterator[Path]:
+    home = out / found.card.id / found.source.name
+    for kind in KINDS:
+        (home / kind).mkdir(parents=True)
+    for kind, row in _about(found).items():
+        (home / f"{kind}.jsonl").write_text(_line(row))
+        yield home / f"{kind}.jsonl"
+    yield from _write_features(found, home, report)
+    path = home / "explanations" / "batch-0.jsonl.gz"
+    with gzip.open(path, "wt", 6, encoding="utf-8") as lines:
+        lines.writelines(_line(row) for row in found.explanations())
+    yield path
 
 
 def sources(path: Path) -> list[Path]:
@@ -91,7 +96,7 @@ def _take(rows: Intake, kind: str, row: dict[str, Any], where: str, settings: Se
             f"{where}: index {str(index)[:40]!r} is no feature; SAE_ATLAS_MAX_D_SAE is {settings.max_d_sae:,}."
         )
     if kind == "features":
-        rows.add_feature(judged(FeatureRow, row, where))
+        rows.add_feature(judged(FeatureRow, row, where), where)
     elif kind == "activations":
         rows.add_example(index, judged(ActivationRow, row, where), where)
     else:
@@ -147,38 +152,35 @@ def _about(found: Exported) -> dict[str, dict[str, Any]]:
     }
 
 
-def _write_features(found: Exported, home: Path, report: Report) -> None:
+def _write_features(found: Exported, home: Path, report: Report) -> Iterator[Path]:
     batch: list[tuple[str, list[str]]] = []
     number = 0
-    for place, (index, evidence) in enumerate(found.features()):
-        row = {"modelId": found.card.id, "layer": found.source.name} | feature_row(evidence, index, found.words.string)
+    for place, (index, evidence, effects) in enumerate(found.features()):
+        row = {"modelId": found.card.id, "layer": found.source.name} | found.feature_row(evidence, index)
         row |= {"sourceSetName": found.source.set_name, "hookName": found.source.hook_name}
         examples = [
-            _line(_activation(found, index, n, example, bounds))
+            _line(_activation(found, index, n, example, bounds) | found.effect_of(example, bounds, effects))
             for n, (example, bounds) in enumerate(examples_of(evidence))
         ]
         batch.append((_line(row), examples))
         if len(batch) == BATCH:
-            _write_batch(home, number, batch)
+            yield from _write_batch(home, number, batch)
             batch, number = [], number + 1
         report(place / max(found.source.d_sae, 1), f"Writing feature {index:,} of {found.source.d_sae:,}")
     if batch:
-        _write_batch(home, number, batch)
+        yield from _write_batch(home, number, batch)
 
 
-def _write_batch(home: Path, number: int, batch: list[tuple[str, list[str]]]) -> None:
+def _write_batch(home: Path, number: int, batch: list[tuple[str, list[str]]]) -> Iterator[Path]:
+    paths = [home / kind / f"batch-{number}.jsonl.gz" for kind in ("features", "activations")]
     with (
-        gzip.open(home / "features" / f"batch-{number}.jsonl.gz", "wt", 6, encoding="utf-8") as features,
-        gzip.open(home / "activations" / f"batch-{number}.jsonl.gz", "wt", 6, encoding="utf-8") as activations,
+        gzip.open(paths[0], "wt", 6, encoding="utf-8") as features,
+        gzip.open(paths[1], "wt", 6, encoding="utf-8") as activations,
     ):
         for line, examples in batch:
             features.write(line)
             activations.writelines(examples)
-
-
-def _write_batches(directory: Path, lines: Iterator[str]) -> None:
-    with gzip.open(directory / "batch-0.jsonl.gz", "wt", 6, encoding="utf-8") as out:
-        out.writelines(lines)
+    yield from paths
 
 
 def _activation(

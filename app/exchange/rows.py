@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from app.errors import BadFile
-from app.evidence import N_INTERVALS, Example, FeatureEvidence, Interval
+from app.evidence import N_INTERVALS, Effect, Example, FeatureEvidence, Interval
 
 MAX_TOKENS = 4_096
 MAX_EXAMPLES = 200
@@ -50,6 +50,28 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
 
+Share = tuple[Token, Number]
+
+
+class EffectRow(Row):
+    """What a feature does at one position: a field of our own."""
+
+    position: Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
+    loss_change: Annotated[float | None, Field(ge=-_MOST, le=_MOST)] = None
+    kl: Number = 0.0
+    up: Annotated[list[Share], Field(max_length=100)] = Field(default_factory=list[Share])
+    down: Annotated[list[Share], Field(max_length=100)] = Field(default_factory=list[Share])
+
+
+class SilentRow(Row):
+    """A context without an activation: a field of our own."""
+
+    tokens: Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKENS)]
+    position: Annotated[int, Field(ge=0, lt=MAX_TOKENS)]
+    neighbour: Annotated[int | None, Field(ge=0, lt=MAX_INDEX)] = None
+    title: Annotated[str | None, Field(max_length=1_000)] = None
+
+
 class ActivationRow(Row):
     """One example: a text's tokens with the feature's activation on each."""
 
@@ -59,6 +81,7 @@ class ActivationRow(Row):
     bin_max: Annotated[float | None, Field(alias="binMax", ge=-_MOST, le=_MOST)] = None
     bin_contains: Annotated[float | None, Field(alias="binContains")] = None
     title: Annotated[str | None, Field(alias="dataTitle", max_length=1_000)] = None
+    effect: EffectRow | None = None
 
     @property
     def is_top(self) -> bool:
@@ -96,6 +119,13 @@ class FeatureRow(Row):
     logits_deviation: Number | None = None
     logits_skew: Number | None = None
     logits_kurtosis: Number | None = None
+    silent: list[SilentRow] = Field(default_factory=list[SilentRow], max_length=100)
+    hard_negatives: list[SilentRow] = Field(default_factory=list[SilentRow], max_length=100)
+
+    @property
+    def counts_are_derived(self) -> bool:
+        """The number of active tokens is not said; it follows from density and histogram, more or less."""
+        return self.n_active is None or not self.n_tokens
 
 
 class ExplanationRow(Row):
@@ -220,6 +250,23 @@ def feature_row(evidence: FeatureEvidence, index: int, string: Callable[[int], s
     }
 
 
+def effect_row(effect: Effect, skipped: int, string: Callable[[int], str]) -> dict[str, Any]:
+    """Return a causal effect with its tokens as strings, positions counted behind the skipped ones."""
+    return {
+        "position": max(effect.position - skipped, 0),
+        "loss_change": _known(effect.loss_change),
+        "kl": effect.kl,
+        "up": [[string(token), share] for token, share in effect.up],
+        "down": [[string(token), share] for token, share in effect.down],
+    }
+
+
+def effect_of(row: EffectRow, context: int, token_id: Callable[[str], int]) -> Effect:
+    loss_change = math.nan if row.loss_change is None else row.loss_change
+    up, down = (tuple((token_id(token), share) for token, share in side) for side in (row.up, row.down))
+    return Effect(context, row.position, loss_change, row.kl, up, down)
+
+
 def _moments(row: FeatureRow) -> dict[str, Any]:
     return {name: math.nan if getattr(row, name) is None else getattr(row, name) for name in _LOGIT_MOMENTS}
 
@@ -249,7 +296,7 @@ def centres(low: float, high: float, n: int) -> list[float]:
 
 
 def _counts(row: FeatureRow, tokens_seen: int) -> tuple[int, int]:
-    if row.n_active is not None and row.n_tokens:
+    if not row.counts_are_derived and row.n_active is not None and row.n_tokens:
         return min(row.n_active, row.n_tokens), row.n_tokens
     # Every active token is in the histogram, so its heights count them; density then says how many tokens were seen.
     n_active = round(sum(max(h, 0.0) for h in row.freq_hist_data_bar_heights))

@@ -18,9 +18,10 @@ from sqlalchemy.orm import Session
 
 from app.documents import Report, unpacked
 from app.errors import BadFile
-from app.exchange.exported import Exported, fresh_directory
+from app.evidence import Effect
+from app.exchange.exported import Exported
 from app.exchange.imported import Intake, Place, catalogue, check_place, intake
-from app.exchange.rows import ActivationRow, FeatureRow, dense, examples_of, feature_row, judged
+from app.exchange.rows import ActivationRow, FeatureRow, dense, examples_of, judged
 from app.settings import Settings
 from app.tables import Source
 
@@ -31,26 +32,28 @@ _GAP = re.compile(r"[\s,]*")
 _NAME = re.compile(r"[^a-z0-9_-]+")
 
 
-def export(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> None:
-    """Write a source's evidence as batches of 128 features."""
-    found = Exported.open(session, settings, model_id, name)
+def write(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> Iterator[Path]:
+    """Write a source's evidence as batches of 128 features, and yield their files."""
+    return _written(Exported.open(session, settings, model_id, name), out, report)
+
+
+def _written(found: Exported, out: Path, report: Report) -> Iterator[Path]:
     head = {
         "model_id": found.card.id,
         "layer": found.source.layer,
         "sae_set": found.source.set_name,
         "sae_id_suffix": None,
     }
-    with fresh_directory(out) as scratch:
-        batch: list[dict[str, Any]] = []
-        number = 0
-        for index, evidence in found.features():
-            batch.append(_feature(found, index, evidence))
-            if len(batch) == BATCH:
-                _write(scratch, number, head, batch)
-                batch, number = [], number + 1
-            report(index / found.source.d_sae, f"Writing feature {index:,} of {found.source.d_sae:,}")
-        if batch:
-            _write(scratch, number, head, batch)
+    batch: list[dict[str, Any]] = []
+    number = 0
+    for index, evidence, effects in found.features():
+        batch.append(_feature(found, index, evidence, effects))
+        if len(batch) == BATCH:
+            yield _write(out, number, head, batch)
+            batch, number = [], number + 1
+        report(index / found.source.d_sae, f"Writing feature {index:,} of {found.source.d_sae:,}")
+    if batch:
+        yield _write(out, number, head, batch)
 
 
 def batches(path: Path) -> list[Path]:
@@ -153,7 +156,7 @@ def _take(rows: Intake, row: dict[str, Any], name: str, settings: Settings) -> i
             f"{name}: feature_index {str(index)[:40]!r} is no feature; SAE_ATLAS_MAX_D_SAE is {settings.max_d_sae:,}."
         )
     where = f"{name}, feature {index}"
-    rows.add_feature(judged(FeatureRow, {**row, "index": index}, where))
+    rows.add_feature(judged(FeatureRow, {**row, "index": index}, where), where)
     examples = row.get("activations")
     if not isinstance(examples, list):
         raise BadFile(f"{where} has no list of activations.")
@@ -177,8 +180,8 @@ def _place(head: dict[str, Any], tokens_seen: int) -> Place:
     )
 
 
-def _feature(found: Exported, index: int, evidence: Any) -> dict[str, Any]:
-    row = feature_row(evidence, index, found.words.string)
+def _feature(found: Exported, index: int, evidence: Any, effects: tuple[Effect, ...]) -> dict[str, Any]:
+    row = found.feature_row(evidence, index)
     del row["index"]
     activations: list[dict[str, Any]] = []
     for example, (low, high, share) in examples_of(evidence):
@@ -192,11 +195,14 @@ def _feature(found: Exported, index: int, evidence: Any) -> dict[str, Any]:
                 "values": dense(example, len(tokens), found.skipped),
                 "qualifying_token_index": example.peak - found.skipped,
                 "dataTitle": found.title(example),
+                **found.effect_of(example, (low, high, share), effects),
             }
         )
     return {"feature_index": index, **row, "decoder_weights_dist": [], "activations": activations}
 
 
-def _write(directory: Path, number: int, head: dict[str, Any], features: list[dict[str, Any]]) -> None:
+def _write(directory: Path, number: int, head: dict[str, Any], features: list[dict[str, Any]]) -> Path:
     text = json.dumps({**head, "features": features}, ensure_ascii=False)
-    (directory / f"batch-{number}.json").write_bytes(text.encode("utf-8", "replace"))
+    path = directory / f"batch-{number}.json"
+    path.write_bytes(text.encode("utf-8", "replace"))
+    return path

@@ -1,7 +1,9 @@
-"""Evidence as four parquet tables, for pandas, polars or DuckDB. Each column says in the file what it is.
+"""Evidence as parquet tables, for pandas, polars or DuckDB. Each column says in the file what it is.
 
 features.parquet      one row a latent
 examples.parquet      one row an example, with its tokens and the activation on each
+silent.parquet        one row a context without an activation, drawn at random or near the positives
+effects.parquet       one row a top example whose causal effect was measured
 logits.parquet        one row an output token that a feature promotes or suppresses
 explanations.parquet  one row an explanation
 """
@@ -9,20 +11,19 @@ explanations.parquet  one row an explanation
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.documents import Report
 from app.errors import AtlasError
-from app.evidence import FeatureEvidence
-from app.exchange.exported import Exported, fresh_directory
+from app.evidence import Effect, FeatureEvidence
+from app.exchange.exported import Exported
 from app.exchange.rows import dense, examples_of
 from app.settings import Settings
-from app.tables import Feature
 
 COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "features": {
@@ -56,6 +57,28 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
         "tokens": ("list<string>", "the whole context; joined, its text"),
         "values": ("list<float>", "activation on each token"),
     },
+    "silent": {
+        "index": ("int32", "latent"),
+        "kind": ("string", "`random`, drawn from all contexts without an activation, or `hard` near the positives"),
+        "rank": ("int32", "place in its kind"),
+        "context": ("int64", "number of the context in the corpus"),
+        "title": ("string", "document it comes from"),
+        "position": ("int32", "in tokens: where one might have expected an activation; the middle for `random`"),
+        "neighbour": ("int32", "latent with a similar decoder row that peaks there; null for a token it peaks on"),
+        "tokens": ("list<string>", "the whole context; joined, its text"),
+    },
+    "effects": {
+        "index": ("int32", "latent"),
+        "rank": ("int32", "place of the example in the group `top`"),
+        "context": ("int64", "number of the context in the corpus"),
+        "position": ("int32", "in the example's tokens: where the latent was ablated"),
+        "loss_change": ("double", "ln p(next) - ln q(next) in nats, q with the ablation; null at the corpus' end"),
+        "kl": ("double", "KL(p || q) in nats"),
+        "up_tokens": ("list<string>", "tokens it votes up, largest first"),
+        "up_shares": ("list<float>", "p - q of these"),
+        "down_tokens": ("list<string>", "tokens it votes down, most first"),
+        "down_shares": ("list<float>", "p - q of these"),
+    },
     "logits": {
         "index": ("int32", "latent"),
         "sign": ("string", "`promotes` or `suppresses`"),
@@ -74,27 +97,33 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
 ROWS_PER_GROUP = 5_000
 
 
-def export(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> None:
-    """Write the four tables into a new directory. Raises AtlasError naming the package that is missing."""
+def write(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> Iterator[Path]:
+    """Write the tables and yield their files. Raises AtlasError naming the package that is missing."""
     if importlib.util.find_spec("pyarrow") is None:
         raise AtlasError("Parquet needs a package: pip install 'sae-atlas[data]'.")
-    found = Exported.open(session, settings, model_id, name)
-    query = select(Feature.index, Feature.label).where(Feature.source_id == found.source.id)
-    labels = {index: label for index, label in session.execute(query)}  # noqa: C416 - rows are no mapping for pyright
-    with fresh_directory(out) as scratch:
-        writers = {table: _Writer(scratch / f"{table}.parquet", columns) for table, columns in COLUMNS.items()}
-        for index, evidence in found.features():
-            writers["features"].add(_feature(index, labels.get(index, ""), evidence))
-            for row in _examples(found, index, evidence):
-                writers["examples"].add(row)
-            for row in _logits(found, index, evidence):
-                writers["logits"].add(row)
-            report(index / found.source.d_sae, f"Writing feature {index:,} of {found.source.d_sae:,}")
-        for row in found.explanations():
-            renamed = {"text": row["description"], "method": row["typeName"], "author": row["authorName"]}
-            writers["explanations"].add({"index": int(row["index"]), **renamed, "created_at": row["createdAt"]})
-        for writer in writers.values():
-            writer.close()
+    return _written(Exported.open(session, settings, model_id, name), out, report)
+
+
+def _written(found: Exported, out: Path, report: Report) -> Iterator[Path]:
+    writers = {table: _Writer(out / f"{table}.parquet", columns) for table, columns in COLUMNS.items()}
+    labels = found.labels()
+    for index, evidence, effects in found.features():
+        writers["features"].add(_feature(index, labels.get(index, ""), evidence))
+        for table, rows in (
+            ("examples", _examples(found, index, evidence)),
+            ("silent", _silent(found, index, evidence)),
+            ("effects", _effects(found, index, evidence, effects)),
+            ("logits", _logits(found, index, evidence)),
+        ):
+            for row in rows:
+                writers[table].add(row)
+        report(index / found.source.d_sae, f"Writing feature {index:,} of {found.source.d_sae:,}")
+    for row in found.explanations():
+        renamed = {"text": row["description"], "method": row["typeName"], "author": row["authorName"]}
+        writers["explanations"].add({"index": int(row["index"]), **renamed, "created_at": row["createdAt"]})
+    for table, writer in writers.items():
+        writer.close()
+        yield out / f"{table}.parquet"
 
 
 class _Writer:
@@ -163,6 +192,40 @@ def _examples(found: Exported, index: int, evidence: FeatureEvidence) -> Iterato
             "max": example.max,
             "tokens": tokens,
             "values": dense(example, len(tokens), found.skipped),
+        }
+
+
+def _silent(found: Exported, index: int, evidence: FeatureEvidence) -> Iterator[dict[str, Any]]:
+    for kind, group in (("random", evidence.silent), ("hard", evidence.hard_negatives)):
+        for rank, silent in enumerate(group):
+            yield {
+                "index": index,
+                "kind": kind,
+                "rank": rank,
+                "context": silent.context,
+                "title": found.title_at(silent.context, silent.position),
+                "position": silent.position - found.skipped,
+                "neighbour": silent.neighbour,
+                "tokens": found.tokens_of(silent.context),
+            }
+
+
+def _effects(
+    found: Exported, index: int, evidence: FeatureEvidence, effects: Iterable[Effect]
+) -> Iterator[dict[str, Any]]:
+    ranks = {example.context: rank for rank, example in enumerate(evidence.top)}
+    for effect in effects:
+        yield {
+            "index": index,
+            "rank": ranks.get(effect.context),
+            "context": effect.context,
+            "position": effect.position - found.skipped,
+            "loss_change": effect.loss_change if math.isfinite(effect.loss_change) else None,
+            "kl": effect.kl,
+            "up_tokens": [found.words.string(token) for token, _ in effect.up],
+            "up_shares": [share for _, share in effect.up],
+            "down_tokens": [found.words.string(token) for token, _ in effect.down],
+            "down_shares": [share for _, share in effect.down],
         }
 
 

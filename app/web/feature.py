@@ -501,6 +501,7 @@ def _view(
         width=chosen.width,
         per_example=chosen.scale == "example",
         effects=evidence.unpack_effects(record.effects) if record.effects is not None else (),
+        counts_derived=record.harvest is not None and record.harvest.derived_counts,
     )
 
 

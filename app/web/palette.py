@@ -26,6 +26,8 @@ _PAGES = (
     ("/random", "Random feature"),
     ("/jobs", "Jobs"),
     ("/corpora", "Corpora"),
+    ("/harvests", "Harvests"),
+    ("/import", "Import evidence"),
     ("/upload", "Add an SAE"),
     ("/docs", "JSON API"),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from app import db, evidence, exchange, wording
+from app.corpora import Stream, tokens_dir
 from app.errors import AtlasError, BadFile, BadInput, Conflict, NotFound, TooLarge
-from app.evidence import FeatureEvidence
+from app.evidence import Effect, FeatureEvidence, Silent, pack, pack_effects
 from app.exchange import Format
 from app.main import create_app
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Explanation, Feature, Model, Source
+from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, Source
 from app.tokens import vocabulary
 from tests.conftest import D_SAE
 
@@ -47,6 +50,8 @@ def other(elsewhere: Settings) -> Iterator[Session]:
 
 @pytest.fixture
 def exported(session: Session, settings: Settings, tmp_path: Path) -> Callable[[Format], Path]:
+    session.info["data"] = settings.data_dir
+
     def export(form: Format) -> Path:
         exchange.export(session, settings, "tiny", "1-demo", tmp_path / form, form, quiet)
         return tmp_path / form
@@ -117,6 +122,92 @@ def test_every_number_of_the_evidence_survives(
         assert [(i.low, i.high, i.count, len(i.examples)) for i in two.intervals] == [
             (i.low, i.high, i.count, len(i.examples)) for i in one.intervals
         ]
+
+
+def with_silence_and_effects(session: Session) -> FeatureEvidence:
+    """Give feature 3 near misses, silent contexts and causal effects."""
+    made = replace(
+        found(session)[3],
+        silent=(Silent(3, 4),),
+        hard_negatives=(Silent(1, 2), Silent(2, 6, neighbour=5)),
+    )
+    effects = (
+        Effect(0, 2, 0.25, 0.125, ((2, 0.5), (6, 0.0625)), ((9, -0.25),)),
+        Effect(2, 4, math.nan, 0.5, (), ()),
+    )
+    source = session.scalars(select(Source).where(Source.name == "1-demo")).one()
+    row = session.get_one(Evidence, (source.harvest_id, 3))
+    row.blob, row.effects = pack(made), pack_effects(effects)
+    session.commit()
+    return made
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_near_misses_silent_contexts_and_causal_effects_survive(
+    form: Format, exported: Callable[[Format], Path], session: Session, other: Session, elsewhere: Settings
+) -> None:
+    made = with_silence_and_effects(session)
+    (source,) = exchange.import_(other, elsewhere, exported(form), quiet)
+    row = other.get_one(Evidence, (source.harvest_id, 3))
+    back = evidence.unpack(row.blob)
+    harvest = other.get_one(Harvest, source.harvest_id)
+    corpus = other.get_one(Corpus, harvest.corpus_id)
+    there = tokens_dir(elsewhere, corpus.hash, harvest.tokenizer_hash)
+    stream, words = Stream.open(there), vocabulary(there / "vocabulary.json")
+    for name in ("silent", "hard_negatives"):
+        for one, two in zip(getattr(made, name), getattr(back, name), strict=True):
+            assert (two.position, two.neighbour) == (one.position - 1, one.neighbour)
+            ids = stream.context(two.context, harvest.context_size, None)
+            assert words.strings(ids) == [token.replace("\0", "") for token in tokens_of(session, one.context)]
+    assert row.effects is not None
+    first, last = evidence.unpack_effects(row.effects)
+    assert [e.context for e in (first, last)] == [back.top[0].context, back.top[2].context]
+    assert (first.position, first.loss_change, first.kl) == (1, 0.25, 0.125)
+    assert [(words.string(token), share) for token, share in (*first.up, *first.down)] == [
+        (" harbour", 0.5), (" ships", 0.0625), (" sea", -0.25)
+    ]  # fmt: skip
+    assert math.isnan(last.loss_change)
+    assert other.get_one(Evidence, (source.harvest_id, 4)).effects is None
+
+
+def tokens_of(session: Session, context: int) -> list[str]:
+    settings = Settings(data_dir=Path(session.info["data"]))
+    stream = Stream.open(tokens_dir(settings, "c0", "tok"))
+    return vocabulary(settings.model_dir("tiny") / "vocabulary.json").strings(stream.context(context, 8, 0)[1:])
+
+
+def test_parquet_holds_them_too(exported: Callable[[Format], Path], session: Session) -> None:
+    import pyarrow.parquet as pq
+
+    with_silence_and_effects(session)
+    path = exported(Format.PARQUET)
+    silent = pq.read_table(path / "silent.parquet").to_pylist()
+    assert [(r["index"], r["kind"], r["rank"], r["context"], r["position"], r["neighbour"]) for r in silent] == [
+        (3, "random", 0, 3, 3, None), (3, "hard", 0, 1, 1, None), (3, "hard", 1, 2, 5, 5)
+    ]  # fmt: skip
+    assert silent[0]["tokens"] == tokens_of(session, 3)
+    first, last = pq.read_table(path / "effects.parquet").to_pylist()
+    assert (first["rank"], first["context"], first["position"], first["loss_change"]) == (0, 0, 1, 0.25)
+    assert (first["up_tokens"], first["down_shares"]) == ([" harbour", " ships"], [-0.25])
+    assert (last["rank"], last["loss_change"]) == (2, None)
+
+
+BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "behind the end": ({"silent": [{"tokens": ["a"], "position": 1}]}, "looks at 1 of 1 tokens"),
+    "no tokens": ({"hard_negatives": [{"tokens": [], "position": 0}]}, "hard_negatives"),
+    "no list": ({"silent": {"tokens": ["a"]}}, "silent"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_silent_contexts_that_cannot_be_are_refused(
+    case: str, other: Session, elsewhere: Settings, tmp_path: Path
+) -> None:
+    fields, words = BAD_FIELDS[case]
+    feature = {"feature_index": 0, "activations": [], **fields}
+    (tmp_path / "batch-0.json").write_text(json.dumps({"model_id": "m", "layer": 1, "features": [feature]}))
+    with pytest.raises(BadFile, match=words):
+        exchange.import_(other, elsewhere, tmp_path / "batch-0.json", quiet)
 
 
 def test_importing_again_renews_and_doubles_nothing(

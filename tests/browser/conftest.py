@@ -83,6 +83,7 @@ def pages(demo: Demo) -> dict[str, str]:
         "corpus": "/corpora/demo",
         "document": "/corpora/demo/3",
         "upload": "/upload",
+        "import": "/import",
         "docs": "/docs",
         "not-found": f"{source}/999999",
     }

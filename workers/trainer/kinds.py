@@ -146,6 +146,7 @@ _REGISTRY = {
     "embed": "workers.trainer.embed:Embed",
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
+    "import": "workers.trainer.import_evidence:ImportEvidence",
     "sweep": "workers.trainer.sweep:Sweep",
     "validate": "workers.trainer.validate:Validate",
     "map": "workers.trainer.map:DrawMap",
