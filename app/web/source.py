@@ -14,8 +14,8 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
-from app.maps import Map
 from app.harvests import Gathered
+from app.maps import Map
 from app.placement import placement
 from app.present import amount, percent
 from app.protocol import ModelCard
