@@ -370,7 +370,16 @@ def home(session: Session) -> Home:
     if not with_evidence:
         return Home(models)
     source = random.choice(with_evidence)  # noqa: S311
-    return Home(models, tuple((source, row) for row in _sample(session, source, 12)))
+    rows_by_index = {row.index: row for row in (*_named_by_people(session, source, 12), *_sample(session, source, 12))}
+    return Home(models, tuple((source, row) for row in list(rows_by_index.values())[:12]))
+
+
+def _named_by_people(session: Session, source: SourceCard, n: int) -> list[FeatureRow]:
+    """Return up to n features, at random, whose label somebody wrote: the ones worth a first look."""
+    written = select(Explanation.index).where(Explanation.source_id == source.id, Explanation.method != "heuristic")
+    indices = list(session.scalars(written.distinct().limit(2_000)))
+    chosen = random.sample(indices, min(n, len(indices)))
+    return [row for row in rows(session, source, chosen).values() if not row.dead and row.label]
 
 
 def model_entry(session: Session, model_id: str) -> ModelEntry:

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog
+from app import catalog, search
+from app.catalog import FeatureRow, ModelEntry, SourceCard
+from app.present import Window
 from app.web.access import VIEWER
-from app.web.pages import Db, render
+from app.web.pages import Config, Db, render
+from app.web.search import top_window
 
 router = APIRouter()
 
 
+@dataclass(frozen=True)
+class HomePage:
+    models: tuple[ModelEntry, ...]
+    samples: tuple[tuple[SourceCard, FeatureRow, Window | None], ...]
+    """A few features of one SAE, each with its strongest example where that can be read."""
+    n_features: int
+
+    @property
+    def samples_of(self) -> str:
+        """The SAE's name, where there are several it could be."""
+        several = sum(len(entry.sources) for entry in self.models) > 1
+        return self.samples[0][0].path[1:] if several and self.samples else ""
+
+
 @router.get("/", dependencies=[VIEWER])
-def home(request: Request, session: Db) -> Response:
-    return render(request, "home.html", catalog.home(session))
+def home(request: Request, session: Db, settings: Config) -> Response:
+    found = catalog.home(session)
+    examples = search.examples_of(session, [(source.id, row.index) for source, row in found.samples])
+    special = {entry.card.id: frozenset(entry.card.special_token_ids) for entry in found.models}
+    samples: list[tuple[SourceCard, FeatureRow, Window | None]] = []
+    for source, row in found.samples:
+        example = examples.get((source.id, row.index))
+        shown = top_window(settings, example, source.model_id, special[source.model_id]) if example else None
+        samples.append((source, row, shown))
+    return render(request, "home.html", HomePage(found.models, tuple(samples), found.n_features))
 
 
 @router.get("/random", dependencies=[VIEWER])

@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 from app import db
 from app.evidence import Effect, Silent, pack, pack_effects
 from app.tables import Corpus, Evidence, Harvest, Source
+from app.web import preview
 from tests.app.conftest import Live
 from tests.conftest import live_evidence
 from tests.tiny import D_SAE
@@ -144,6 +145,29 @@ def test_the_selector_offers_the_models_sources(client: TestClient) -> None:
     page = text(client, PATH)
     assert "<option selected>1-demo</option>" in page
     assert "<option>2-plain</option>" in page
+
+
+SCRIPTS = {
+    "他被埋葬": "CJK",
+    "похороны": "Cyrillic",
+    "ταφή": "Greek",
+    "دفن": "Arabic",
+    "お墓": "Hiragana",
+    "무덤": "Hangul",
+}
+
+
+@pytest.mark.parametrize("word", SCRIPTS)
+def test_no_word_is_a_row_of_empty_boxes_in_the_picture(word: str) -> None:
+    """Whatever typefaces this machine has; without any, the script is named in the letters that there are."""
+    drawn, font = preview.typeset(f" {word}", preview._fonts(36))
+    assert all(preview._has(font, character) for character in drawn)
+    own = preview._fonts(36)[:1]
+    named, font = preview.typeset(f" {word} s", own)
+    assert f"[{SCRIPTS[word]}" in named
+    assert word not in named
+    assert all(preview._has(font, character) for character in named)
+    assert preview.typeset("Zürich, café", own)[0] == "Zurich, cafe"
 
 
 def test_a_link_to_the_page_is_previewed_with_label_example_and_picture(client: TestClient) -> None:

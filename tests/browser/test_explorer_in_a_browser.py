@@ -104,3 +104,14 @@ def test_two_features_of_the_demo_are_compared(page: Page, demo_server: Demo) ->
     expect(page.locator(".versus section")).to_have_count(2)
     expect(page.locator(".versus section").first).to_contain_text("burial")
     expect(page.locator(".versus section").last).to_contain_text("calm")
+
+
+def test_home_answers_while_one_types(page: Page, demo_server: Demo) -> None:
+    page.goto(demo_server.url)
+    expect(page.locator(".samples mark").first).to_be_attached()
+    page.locator("#q").fill("burail graves")
+    expect(page.locator("#hits li").first).to_contain_text("burial: graves, being buried")
+    page.locator("#q").fill(demo_server.model[:8])
+    expect(page.locator("#hits .named")).to_contain_text(demo_server.source)
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"/search\?q="))

@@ -31,16 +31,31 @@ def first_paint(page: Page, path: str) -> float:
     })""")
 
 
-def test_a_feature_page_is_painted_within_its_budget(browser: Browser, demo_server: Demo) -> None:
+def explorer_pages(demo: Demo) -> dict[str, str]:
+    source = f"{demo.model}/{demo.source}"
+    return {
+        "feature": f"/{source}/24",
+        "source": f"/{source}",
+        "home": "/",
+        "model": f"/{demo.model}",
+        "search": "/search?q=burial",
+        "features compared": f"/compare?a={source}/24&b={source}/127",
+        "SAEs compared": f"/compare?a={source}&b={source}",
+        "map": f"/{source}/map",
+    }
+
+
+def test_every_page_is_painted_within_its_budget(browser: Browser, demo_server: Demo) -> None:
     context = browser.new_context(base_url=demo_server.url)
     page = context.new_page()
-    best = float("inf")
-    for index in range(TRIES):
-        best = min(best, first_paint(page, f"{demo_server.path}/{40 + 7 * index}"))
-        if best < FIRST_PAINT_MS:
-            break
+    best = dict.fromkeys(explorer_pages(demo_server), float("inf"))
+    for name, path in explorer_pages(demo_server).items():
+        for _ in range(TRIES):
+            best[name] = min(best[name], first_paint(page, path))
+            if best[name] < FIRST_PAINT_MS:
+                break
     context.close()
-    assert best < FIRST_PAINT_MS
+    assert max(best.values()) < FIRST_PAINT_MS, best
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -49,8 +64,11 @@ def test_nothing_moves_while_a_page_is_filled(browser: Browser, demo_server: Dem
     context.add_init_script(WATCH)
     page = context.new_page()
     moved: dict[str, float] = {}
-    for path in ("/", f"/{demo_server.model}", f"{demo_server.path}/24", f"{demo_server.path}/24?embed=true", "/jobs"):
+    for path in (*explorer_pages(demo_server).values(), f"{demo_server.path}/24?embed=true", "/jobs"):
         page.goto(path, wait_until="networkidle")
+        # Charts and the map mount after the page is there: seen to its end, as somebody reads it.
+        page.evaluate("scrollTo({ top: document.documentElement.scrollHeight, behavior: 'instant' })")
+        page.wait_for_load_state("networkidle")
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         moved[path] = page.evaluate("window.shift")
     context.close()
