@@ -133,7 +133,9 @@ def test_nearest_features_of_another_sae_equal_the_whole_matrix_of_cosines() -> 
 def test_effects_on_a_vocabulary_of_256k_take_little_memory() -> None:
     program = """
 import resource, torch
+from workers.memory import keep_freed_memory
 from workers.sae.logits import logit_effects
+keep_freed_memory()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 unembedding = torch.randn(256_000, 8)
 logit_effects(torch.randn(1, 8), unembedding[:1000])

@@ -43,8 +43,26 @@ def logit_effects(
     EFFECT_BYTES of [row, d_vocab] are in memory, whatever the vocabulary.
     """
     per_chunk = max(1, EFFECT_BYTES // (unembedding.shape[0] * 4))
-    parts = [_effects_of_chunk(chunk, unembedding, n) for chunk in rows.split(per_chunk)]
-    return LogitEffects(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    found = _room(len(rows), n, rows.device)
+    for start in range(0, len(rows), per_chunk):
+        chunk = rows[start : start + per_chunk]
+        for whole, part in zip(found, _effects_of_chunk(chunk, unembedding, n), strict=True):
+            whole[start : start + len(chunk)] = part
+    return found
+
+
+def _room(n_rows: int, n: int, device: torch.device) -> LogitEffects:
+    """Results to be filled in. Made before the chunks: kept one by one between them, they would lie in the gaps that
+    freed chunks leave, no chunk would fit its gap again, and memory would grow by a chunk each time."""
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(n_rows, *shape, device=device)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(n_rows, *shape, dtype=torch.long, device=device)
+
+    ends, one = (floats(n), ints(n), floats(n), ints(n)), [floats() for _ in range(6)]
+    return LogitEffects(*ends, one[0], one[1], ints(N_BINS), *one[2:])
 
 
 def _effects_of_chunk(rows: Tensor, unembedding: Tensor, n: int) -> LogitEffects:
