@@ -15,12 +15,15 @@ import torch
 import yaml
 import zstandard
 from sae_lens import SAE
+from sqlalchemy import Engine, event, func, select
 
-from app import evidence
+from app import catalog, db, evidence
 from app.bundles import Manifest
 from app.demo import prepare
 from app.evidence import FeatureEvidence
+from app.tables import Evidence
 from app.trainspecs import TrainSpec
+from tests import demo_evidence
 from workers.checkpoints import load_sae
 
 DEMO = prepare.BUNDLE.parent
@@ -83,15 +86,34 @@ def test_it_was_trained_from_the_spec_in_the_repository(manifest: Manifest) -> N
     assert trained == spec
 
 
-def test_every_feature_has_evidence_of_a_million_tokens_in_two_kilobytes(
+def test_every_feature_has_evidence_of_a_million_tokens_in_1500_bytes(
     manifest: Manifest, rows: list[dict[str, Any]]
 ) -> None:
     assert [row["index"] for row in rows] == list(range(4096))
     assert manifest.harvest.n_tokens >= 1_000_000
     blobs = [len(base64.b64decode(row["blob"])) for row in rows]
-    assert sum(blobs) / len(blobs) <= 2_000
+    assert sum(blobs) / len(blobs) <= 1_500
     silent = sum(not unpacked(row).top for row in rows)
     assert silent / len(rows) < 0.01
+
+
+def test_a_features_evidence_takes_at_most_1500_bytes_and_is_read_in_one_query(engine: Engine) -> None:
+    """45 examples in whole contexts of 128 tokens, near misses, silent contexts and causal effects."""
+    with db.sessions(engine)() as session:
+        manifest = demo_evidence.store(session)
+        session.commit()
+        n_bytes = func.avg(func.length(Evidence.blob) + func.coalesce(func.length(Evidence.effects), 0))
+        assert session.scalar(select(n_bytes)) <= 1_500
+        queries: list[str] = []
+        event.listen(engine, "before_cursor_execute", lambda *a: queries.append(a[2]))
+        examples = 0
+        for index in range(0, manifest.n_features, 256):
+            record = catalog.feature_record(session, manifest.model.id, "12-demo", index)
+            assert record.blob is not None
+            found = evidence.unpack(record.blob)
+            examples += len(found.top) + sum(len(band.examples) for band in found.intervals)
+        assert len(queries) == 16
+        assert examples / 16 > 40
 
 
 def test_sae_lens_reads_the_weights_and_agrees(manifest: Manifest) -> None:
