@@ -85,6 +85,7 @@ def fill(session: Session, n_labels: int) -> None:
     words = ["".join(choose.choice(SYLLABLES) for _ in range(choose.randint(2, 4))) for _ in range(20_000)]
     n_sources = 1 + -(-n_labels // N_FEATURES)
     left = n_labels
+    known: set[str] = set()
     for number in range(n_sources):
         source = Source(
             model_id="wide",
@@ -115,6 +116,8 @@ def fill(session: Session, n_labels: int) -> None:
             vectors = np.random.default_rng(number).normal(size=(len(rows), meaning.D_MODEL))
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
             made = {meaning.text_hash(row["text"]): vector for row, vector in zip(rows, vectors, strict=True)}
+            made = {name: vector for name, vector in made.items() if name not in known}
+            known.update(made)
             session.execute(
                 insert(Embedding),
                 [
