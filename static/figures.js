@@ -47,16 +47,20 @@ async function heatMap(Plotly, box, figure, style, colour) {
   const axis = { gridcolor: "transparent", zeroline: false, automargin: true, fixedrange: true };
   const [low, high] = [`rgb(${colour("--heat")} / 0)`, `rgb(${colour("--heat")})`].map((c) => c.replace(/rgb\((\d+) (\d+) (\d+)(?: \/ (\S+))?\)/, (_, r, g, b, a) => `rgba(${r},${g},${b},${a ?? 1})`));
   const data = figure.data.map((trace) => ({ ...trace, xgap: 1, ygap: 1, colorscale: [[0, low], [1, high]], colorbar: { thickness: 8, outlinewidth: 0, len: 0.9 } }));
+  // On a phone the names of rows would take the screen; the whole of them stand in the hovers.
+  const room = box.parentElement.clientWidth - 4;
+  const narrow = room < 600;
+  if (narrow) data.forEach((trace) => (trace.showscale = false));
   const columns = figure.data[0].x.length;
   const layout = {
     margin: { t: 6, r: 8, b: 60, l: 60 },
     height: figure.height + 60,
-    width: Math.max(box.parentElement.clientWidth - 4, 260 + columns * 14),
+    width: Math.max(room, (narrow ? 130 : 260) + columns * 14),
     font: { family: style.fontFamily, size: 11, color: colour("--ink") },
     paper_bgcolor: "transparent",
     plot_bgcolor: colour("--raised"),
     xaxis: { ...axis, ...figure.layout.xaxis },
-    yaxis: { ...axis, ...figure.layout.yaxis },
+    yaxis: { ...axis, ...figure.layout.yaxis, ...(narrow ? { ticktext: figure.brief } : {}) },
   };
   box.querySelector("script").remove();
   await Plotly.newPlot(box, data, layout, { displayModeBar: false });

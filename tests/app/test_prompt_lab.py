@@ -142,7 +142,7 @@ def test_other_orders_hold_the_same_features(live: Live, sort: str) -> None:
 def test_several_saes_are_read_together_and_drawn_by_layer(live: Live) -> None:
     params = {"sae": ["1-topk", "1-std"], "text": TEXT, "view": "layers", "by": "l0", "on": "1-std", "pin": "1-topk:3"}
     text = live.http.get("/tiny/prompt", params=params).text
-    assert '"ticktext":["1-std","1-topk"]' in text
+    assert '"ticktext":["1-topk","1-std"]' in text
     assert "<code>1-topk:3</code>" in text
     refused = live.http.get("/tiny/prompt", params={"sae": ["1-topk", "1-bare"], "text": TEXT})
     assert refused.status_code == 422
@@ -247,6 +247,13 @@ def test_words_in_heat_maps_are_no_markup() -> None:
     assert plain("\u202e\n$", 30) == "U+202E↵&#36;"
     hover = "&lt;b&gt; &amp; &#36;x&#36;<br>&lt;img onerro… · position 0<br>activation 1.00"
     assert figure["data"][0]["text"] == [[hover]]
+
+
+def test_tokens_of_spaces_are_seen_in_heat_maps_and_rows_have_a_brief_name() -> None:
+    figure = heat_map([[1.0]], ["  "], ["12 fires on ` ` and ` the`"], "activation")
+    assert figure["layout"]["xaxis"]["ticktext"] == ["␣␣"]
+    assert figure["layout"]["yaxis"]["ticktext"] == ["12 fires on ␣ and  the"]
+    assert figure["brief"] == ["12 ␣ and  the"]
 
 
 def test_a_quantile_is_read_off_the_features_own_histogram() -> None:

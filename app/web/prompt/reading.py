@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from app.web.prompt.state import Lab
 N_RANKED = 40
 N_GRID = 30
 N_STRENGTHS = 50
+_VERBS = re.compile(r"(?<=[0-9] )(?:fires on|fires after|promotes) ")
+"""What labels made from tokens begin with, and a brief name leaves out."""
+_BLANK = re.compile(r"(?:(?<=`)|^)( +)(?=`|$)")
+"""Spaces that are a token of their own, alone or in backticks."""
 MAX_PREDICTED = 200
 """Positions whose predictions are listed at once, around the chosen one."""
 
@@ -328,7 +333,7 @@ def layers(
         "l0": "active features",
         "error": "share missed",
     }
-    return heat_map(z, strings, [source.name for source in sources], words[lab.by])
+    return heat_map(z[::-1], strings, [source.name for source in reversed(sources)], words[lab.by])
 
 
 def heat_map(z: list[list[float]], columns: Sequence[str], rows: Sequence[str], what: str) -> dict[str, Any]:
@@ -343,6 +348,7 @@ def heat_map(z: list[list[float]], columns: Sequence[str], rows: Sequence[str], 
     return {
         "name": what,
         "kind": "heatmap",
+        "brief": [plain(_VERBS.sub("", text), 13) for text in rows],
         "height": 60 + 22 * max(len(rows), 3),
         "data": [
             {"type": "heatmap", "z": z, "x": numbers, "y": list(range(len(rows))), "text": hover, "hoverinfo": "text"}
@@ -356,7 +362,8 @@ def heat_map(z: list[list[float]], columns: Sequence[str], rows: Sequence[str], 
 
 def plain(text: str, most: int) -> str:
     """Return words for a plotly label: short, with what cannot be seen named, and no markup in it."""
-    seen = "".join(_seen(character) for character in text.replace("`", ""))
+    marked = _BLANK.sub(lambda blank: "␣" * len(blank[1]), text)
+    seen = "".join(_seen(character) for character in marked.replace("`", ""))
     short = seen if len(seen) <= most else seen[: most - 1] + "…"
     return short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("$", "&#36;")
 
@@ -396,8 +403,8 @@ def attribution(focus: Focus, found: AttributeReply, target: str, position: int,
         Term("biases of the final norm and the unembedding", found.constant),
     ]
     shown = (*terms, *(term for term in others if term.value != 0))
-    # What later layers write is mostly many times larger; bars that compare features leave it out.
-    full = max((abs(term.value) for term in [*terms, *others[:3]]), default=0.0)
+    # What later layers write, and often the SAE's bias, is many times larger; bars compare features and leave it out.
+    full = max((abs(term.value) for term in [*terms, others[0]]), default=0.0)
     return Attribution(target, position, focus.strings[position], found.logit, found.capped, shown, full, True)
 
 

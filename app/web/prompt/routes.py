@@ -133,14 +133,15 @@ def old_address(request: Request, model: str, source: str, session: Db) -> Respo
 
 
 def choose(entry: ModelEntry, lab: Lab) -> tuple[SourceCard, ...]:
-    """Return the chosen sources of a model, lowest layer first; the default one where none is named.
+    """Return the chosen sources of a model, lowest layer first; where none is named the default or one with evidence.
 
     Raises NotFound for unknown names, BadInput where sources cannot be read together.
     """
     if not entry.sources:
         return ()
     if not lab.sae:
-        return (next((s for s in entry.sources if s.is_default), entry.sources[0]),)
+        known = [s for s in entry.sources if s.harvest_id is not None]
+        return (next((s for s in entry.sources if s.is_default), (known or entry.sources)[0]),)
     wanted = set(lab.sae)
     chosen = tuple(s for s in entry.sources if s.name in wanted or f"*-{s.set_name}" in wanted)
     unknown = wanted - {s.name for s in chosen} - {f"*-{s.set_name}" for s in chosen}
