@@ -5,7 +5,7 @@ PORT ?= 3000
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve test bench fmt clean
+.PHONY: demo serve test audit bench fmt clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.worker
@@ -21,6 +21,11 @@ test: $(VENV)/.dev
 	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# What is known against our dependencies changes without us, and needs the network: no part of `make test`.
+audit: $(VENV)/.dev
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive app workers migrations
+	@$(BIN)/python .ci/audit
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks
