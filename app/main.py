@@ -103,7 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
     register(app)
     if settings.team:
         app.add_middleware(Audit)
-    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=5)
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=2)
     # Counts bodies that come in chunks; Guard has refused those that say their length.
     # Uploads count for themselves and have a sentence for it; LargerBodies is only a stop behind that.
     largest = {

@@ -288,8 +288,10 @@ def window_of(
     title: str = "",
 ) -> Window:
     """Return the tokens within `width` of an example's peak, shaded relative to `full`. The BOS token is not shown."""
-    values = dict(zip(example.positions.tolist(), example.values.tolist(), strict=True))
-    return _window(example.context, values, example.peak, ids, words, width, full, bos, special, title)
+    positions, activations = example.positions.tolist(), example.values.tolist()
+    peak = positions[activations.index(max(activations))]  # as Example.peak, which asks numpy
+    values = dict(zip(positions, activations, strict=True))
+    return _window(example.context, values, peak, ids, words, width, full, bos, special, title)
 
 
 def silent_window(
@@ -321,22 +323,31 @@ def _window(
     start, end = max(first, peak - width), min(len(ids), peak + width + 1)
     strings = _strings(words, ids, start, end, first)
     pieces: list[Piece] = []
-    plain: list[str] = []
-    for position, string in zip(range(start, end), strings, strict=True):
-        value = values.get(position, 0.0)
-        token = int(ids[position])
-        if value > 0 or token in special or position == peak:
-            if plain:
-                pieces.append(Piece("".join(plain)))
-                plain = []
-            tip = f"{amount(value)} · position {position} · token {token}"
-            tip += "" if string else f" · {PART}"
-            pieces.append(Piece(string, level(value, full), tip, position == peak, token in special))
-        else:
-            plain.append(string)
-    if plain:
-        pieces.append(Piece("".join(plain)))
+    done = start
+    # A page has dozens of windows, with a few marked tokens each: what lies between them is joined, not walked through.
+    for position in _marked(values, peak, ids, start, end, special):
+        value, token, string = values.get(position, 0.0), int(ids[position]), strings[position - start]
+        if position > done:
+            pieces.append(Piece("".join(strings[done - start : position - start])))
+        tip = f"{amount(value)} · position {position} · token {token}"
+        tip += "" if string else f" · {PART}"
+        pieces.append(Piece(string, level(value, full), tip, position == peak, token in special))
+        done = position + 1
+    if done < end:
+        pieces.append(Piece("".join(strings[done - start :])))
     return Window(context, tuple(pieces), start > first, end < len(ids), max(values.values(), default=0.0), peak, title)
+
+
+def _marked(
+    values: Mapping[int, float], peak: int, ids: Sequence[int], start: int, end: int, special: frozenset[int]
+) -> list[int]:
+    """Return the positions in a window that are shown apart: active ones, the peak, special tokens."""
+    marked = {position for position, value in values.items() if value > 0 and start <= position < end}
+    if start <= peak < end:
+        marked.add(peak)
+    if not special.isdisjoint(ids[start:end]):
+        marked.update(position for position in range(start, end) if ids[position] in special)
+    return sorted(marked)
 
 
 def fold(windows: Sequence[Window]) -> tuple[Shown, ...]:
@@ -461,7 +472,7 @@ def hidden(character: str) -> bool:
 def _strings(words: Vocabulary, ids: Sequence[int], start: int, end: int, first: int) -> list[str]:
     # Read a little more on both sides: a character cut across tokens belongs to the last of them.
     before, after = max(first, start - 4), min(len(ids), end + 4)
-    strings = words.strings(int(token) for token in ids[before:after])
+    strings = words.strings(ids[before:after])
     return strings[start - before : len(strings) - (after - end)]
 
 

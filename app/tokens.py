@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 
 class Vocabulary:
@@ -29,10 +30,12 @@ class Vocabulary:
         UTF-8 become U+FFFD.
         """
         ids = list(ids)
-        whole = [self._whole[i] if i in self._whole else self._read(i) for i in ids]
-        found = [string for string in whole if string is not None]
-        if len(found) == len(ids):
-            return found
+        try:
+            whole = [self._whole[i] for i in ids]
+        except KeyError:
+            whole = [self._whole[i] if i in self._whole else self._read(i) for i in ids]
+        if None not in whole:
+            return cast(list[str], whole)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         strings = [decoder.decode(self._bytes(token)) for token in ids]
         tail = decoder.decode(b"", final=True)
