@@ -228,6 +228,8 @@ class GradientRequest(TextRef):
     target: Target | None = None
     """None means the mean loss of the text."""
     top_k: int = Field(default=50, ge=1, le=1000)
+    skip: int = Field(default=0, ge=0)
+    """Positions at the beginning whose activations are left out: those of the first token are unlike all others."""
 
 
 class GradientReply(Message):

@@ -88,6 +88,8 @@ class Attribute(Targeted):
 class Gradient(Targeted):
     loss: bool = False
     """Of the text's mean loss, not of a logit."""
+    ignoreBos: bool = False
+    """Leave out what is active on the first token."""
     numResults: Annotated[int, Field(ge=1, le=MAX_RESULTS)] = 50
 
 
@@ -181,7 +183,9 @@ async def gradient(body: Gradient, session: Db, settings: Config, worker: Gpu) -
 
     async def answer(asked: _Asked) -> dict[str, Any]:
         target = None if body.loss else await _likeliest(await _target(body, asked, settings, worker), asked, worker)
-        request = GradientRequest(**asked.about, sae=asked.sae, target=target, top_k=body.numResults)
+        request = GradientRequest(
+            **asked.about, sae=asked.sae, target=target, top_k=body.numResults, skip=body.ignoreBos
+        )
         found = await worker.gradient(request)
         latents = {latent for _, latent, _, _ in found.positions} | {latent for latent, _ in found.latents}
         rows = await read(session, catalog.rows, session, asked.source, latents)

@@ -116,7 +116,11 @@ def test_a_feature_is_taken_out_and_the_true_change_stands_beside_the_estimates(
     for words in ("true change", "by gradient", "by direct part", "mean loss"):
         assert words in text
     assert "It is not active on this text" in page(live, view="next", at="3", ablate=str(int(acts.max(0).argmin())))
-    assert "do not add up to the logit" in page(live, view="next", at="3", how="gradient")
+    sloped = page(live, view="next", at="3", how="gradient")
+    assert "do not add up to the logit" in sloped
+    first = '<span class="muted">0</span>'
+    assert first not in sloped, "the first token does not count"
+    assert first in page(live, view="next", at="3", how="gradient", bos="keep")
 
 
 def test_a_target_is_named_by_text_that_is_one_token(live: Live) -> None:

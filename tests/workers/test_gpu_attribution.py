@@ -127,6 +127,10 @@ def test_small_writes_in_an_early_layer_change_the_loss_as_the_gradient_says(mad
     ablated = attribution.ablate(made.model, coder, ids, latent, Target(position=P, token=7), None)
     assert ablated.loss_before == pytest.approx(slopes.value, abs=1e-4)
     assert ablated.loss_before - ablated.loss_after == pytest.approx(effect, rel=0.3, abs=1e-3)
+    later = attribution.gradient(made.model, coder, ids, None, 1000, skip=1)
+    every = attribution.gradient(made.model, coder, ids, None, 1000)
+    assert sorted(later.positions) == sorted(p for p in every.positions if p[0] > 0)
+    assert later.value == every.value
     summed = sum(value for _, at, _, value in slopes.positions if at == latent)
     assert summed == pytest.approx(effect, rel=1e-2, abs=1e-6)
 

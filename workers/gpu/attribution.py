@@ -181,11 +181,17 @@ def _norms_after(language: LanguageModel) -> bool:
     return any(name.endswith("pre_feedforward_layernorm") for name, _ in language.blocks[0].named_modules())
 
 
-def gradient(language: LanguageModel, coder: Coder, ids: list[int], target: Target | None, top_k: int) -> GradientReply:
-    """Return gradient x activation of every active feature at every position, of a logit or of the mean loss."""
+def gradient(
+    language: LanguageModel, coder: Coder, ids: list[int], target: Target | None, top_k: int, skip: int = 0
+) -> GradientReply:
+    """Return gradient x activation of every active feature at every position from `skip` on, of a logit or of the
+    mean loss."""
     tensor = torch.tensor([ids], device=language.device)
     value, x, slope = _slopes(language, coder, tensor, target)
     active, effects = _effects(coder, x, slope)
+    if skip:
+        counted = active.rows >= skip
+        active, effects = Sparse(*(column[counted] for column in active)), effects[counted]
     by_latent = torch.zeros(coder.d_sae, device=effects.device).index_add_(0, active.latents, effects)
     order = effects.abs().topk(min(top_k, len(effects))).indices
     columns = (active.rows[order], active.latents[order], active.values[order], effects[order])

@@ -189,7 +189,7 @@ async def gradient(worker: Worker, request: Request) -> Response:
         if asked.target is None and len(ids) < 2:
             raise BadInput("The text is one token; a loss needs two.")
         coder = held.saes[asked.sae.path]
-        work = partial(attribution.gradient, held.language, coder, ids, asked.target, asked.top_k)
+        work = partial(attribution.gradient, held.language, coder, ids, asked.target, asked.top_k, asked.skip)
         return _json(_plain(await worker.lane.compute(work, worker.settings.request_seconds)))
 
 

@@ -68,9 +68,12 @@ class Closer:
 
     async def loss_effects(self) -> dict[int, float]:
         """To first order, how much the loss of the text is higher with each feature than without it."""
-        sae = catalog.sae_ref(self.settings, self.source)
-        found = await self.worker.gradient(GradientRequest(**self._about(), sae=sae, target=None, top_k=N_SLOPES))
+        found = await self.worker.gradient(self._slopes(None, N_SLOPES))
         return dict(found.latents)
+
+    def _slopes(self, target: Target | None, top_k: int) -> GradientRequest:
+        sae, skip = catalog.sae_ref(self.settings, self.source), int(self.focus.hidden[0])
+        return GradientRequest(**self._about(), sae=sae, target=target, top_k=top_k, skip=skip)
 
     def _about(self) -> dict[str, Any]:
         model = catalog.model_ref(self.settings, self.model_id)
@@ -108,10 +111,7 @@ class Closer:
         target = Target(position=position, token=token, against=against)
         name = f"“{self.words.string(token)}”" + ("" if against is None else f" less “{self.words.string(against)}”")
         if lab.how == "gradient":
-            sae = catalog.sae_ref(self.settings, self.source)
-            slopes = await self.worker.gradient(
-                GradientRequest(**self._about(), sae=sae, target=target, top_k=2 * TOP_TERMS)
-            )
+            slopes = await self.worker.gradient(self._slopes(target, 2 * TOP_TERMS))
             shown = replace(shown, attribution=reading.slopes(self.focus, slopes, name, position))
         else:
             found = await self._attribute(target, TOP_TERMS)
