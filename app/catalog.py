@@ -96,6 +96,7 @@ RESERVED = frozenset(
         "static",
         "steer",
         "teams",
+        "train",
         "upload",
     }
 )

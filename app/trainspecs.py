@@ -7,6 +7,7 @@ TrainSpec: every SAE spelled out, with a name of its own. No torch, no database.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -433,6 +434,8 @@ def expanded(entry: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     layer, which the source's name begins with, tells it from the others.
     """
     axes = {name: list(cast(Sequence[Any], value)) for name, value in entry.items() if _is_axis(name, value)}
+    if (n := math.prod(len(values) for values in axes.values())) > MAX_SAES:
+        raise ValueError(f"this makes {n:,} SAEs; a job trains at most {MAX_SAES}")
     hooks = [str(hook) for hook in axes.get("hook_name", [])]
     own_layers = len({_layer_of(hook) for hook in hooks}) == len(hooks)
     for values in itertools.product(*axes.values()):

@@ -142,3 +142,13 @@ def test_every_field_is_explained() -> None:
     for form in (SaeSpec, TrainSpec):
         for name, field in form.model_fields.items():
             assert (field.description or "").endswith((".", ")")), name
+
+
+def test_a_grid_of_a_billion_saes_is_refused_before_it_is_made() -> None:
+    assert "this makes 1,000,000,000 SAEs; a job trains at most 64" in refusal(
+        **{name: list(range(1, 1001)) for name in ("k", "seed", "d_sae")}
+    )
+
+
+def test_numbers_are_finite() -> None:
+    assert "finite" in refusal(architecture="standard", l1_coefficient=float("inf"))
