@@ -37,6 +37,7 @@ _LABELS = {
     "n_silent": "silent contexts",
     "n_hard": "near misses",
     "n_effects": "causal effects",
+    "effect_reach": "followed over",
     "keep_activations": "keep the sparse activations",
     "draw_map": "draw the map too",
 }

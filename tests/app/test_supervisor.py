@@ -168,4 +168,6 @@ def test_an_address_that_others_can_reach_is_refused_with_the_reason(tmp_path: P
         timeout=30,
     )
     assert result.returncode == 2
-    assert f"it serves this machine only; {host} is not a loopback address" in result.stderr
+    said = " ".join(result.stderr.split())
+    assert f"{host} is not a loopback address, and without accounts SAE Atlas serves this machine only" in said
+    assert "SAE_ATLAS_TEAM=1" in said
