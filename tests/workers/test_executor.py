@@ -19,7 +19,7 @@ import pytest
 from dbos import DBOSClient, DBOSPortableJSONSerializer
 from sqlalchemy import Engine, text
 
-from app import db, jobs
+from app import db, jobqueue, jobs
 from app.errors import Busy, Conflict, NotFound
 from app.settings import Settings
 from app.tables import Job, JobState, now
@@ -353,7 +353,7 @@ def test_a_planted_pickle_ends_as_a_job_error_and_nothing_is_executed(bench: Ben
 def _enqueue(bench: Bench, job_id: int) -> None:
     """Hand a row over as a trainer does, without one."""
     client = DBOSClient(
-        system_database_url=executor.queue_url(bench.settings),
+        system_database_url=jobqueue.dbos_url(bench.settings),
         serializer=DBOSPortableJSONSerializer(),
         application_name=executor.APPLICATION,
     )
