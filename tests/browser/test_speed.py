@@ -72,7 +72,7 @@ def test_nothing_moves_while_a_page_is_filled(browser: Browser, demo_server: Dem
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         moved[path] = page.evaluate("window.shift")
     context.close()
-    # Where the network cuts the header in two, its links settle by a hair: 0.0007 was seen. Anything seen to move is 0.01.
+    # Where the network cuts the header in two, its links settle by a hair: 0.0007 was seen. What people see is 0.01.
     assert all(shift < 0.002 for shift in moved.values()), moved
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -148,10 +149,17 @@ def alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         jobs.get(session, job_id).state = JobState.DONE  # no trainer may take it
     context = JobContext(bench.settings, bench.sessions, job_id, spec, bench.settings.job_dir(job_id))
     context.directory.mkdir(parents=True)
-    kind = harvest.Harvest()
-    for step in kind.plan(context):
-        kind.run(context, step)
-    kind.finish(context)
+    # Sums are split among threads: to be the same to the bit, a harvest has as many everywhere. Tests before this one
+    # may have changed this process' number.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        kind = harvest.Harvest()
+        for step in kind.plan(context):
+            kind.run(context, step)
+        kind.finish(context)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_two_trainers_share_a_harvest_and_a_killed_one_loses_at_most_its_shard(
