@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -18,11 +19,14 @@ import numpy.typing as npt
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
+    CompoundSelect,
     Float,
     Integer,
+    Select,
     String,
     UnaryExpression,
     any_,
+    bindparam,
     func,
     literal,
     or_,
@@ -527,17 +531,8 @@ def feature_record(
     label in the feature's row are the default's: the blob has those of the other.
     """
     if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name) and 0 <= index < 2**31:
-        shown = Harvest.id == Source.harvest_id
-        chosen = shown if evidence is None else (Harvest.id == evidence) & (Harvest.source_id == Source.id)
-        row = session.execute(
-            select(Model, Source, Harvest, Corpus, Feature, Evidence.blob, Evidence.effects)
-            .join(Source, Source.model_id == Model.id)
-            .outerjoin(Harvest, chosen)
-            .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-            .outerjoin(Feature, (Feature.source_id == Source.id) & (Feature.index == index))
-            .outerjoin(Evidence, (Evidence.harvest_id == Harvest.id) & (Evidence.index == index))
-            .where(Model.id == model_id, Source.name == name)
-        ).first()
+        asked = {"model": model_id, "name": name, "latent": index, "evidence": evidence}
+        row = session.execute(_record_query(evidence is None), asked).first()
         if row is not None and index < row[1].d_sae:
             source = _source(row[1])
             harvest = _harvest(row[2], row[3])
@@ -554,29 +549,33 @@ def feature_record(
     raise _unknown_source(session, model_id, name, index)
 
 
+@lru_cache(maxsize=2)
+def _record_query(shown: bool) -> Select[*tuple[Any, ...]]:
+    """The query of a feature's record, made once: putting it together takes as long as running it."""
+    latent = bindparam("latent", type_=Integer())
+    chosen = (Harvest.id == bindparam("evidence")) & (Harvest.source_id == Source.id)
+    return (
+        select(Model, Source, Harvest, Corpus, Feature, Evidence.blob, Evidence.effects)
+        .join(Source, Source.model_id == Model.id)
+        .outerjoin(Harvest, Harvest.id == Source.harvest_id if shown else chosen)
+        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+        .outerjoin(Feature, (Feature.source_id == Source.id) & (Feature.index == latent))
+        .outerjoin(Evidence, (Evidence.harvest_id == Harvest.id) & (Evidence.index == latent))
+        .where(Model.id == bindparam("model"), Source.name == bindparam("name"))
+    )
+
+
 def related(
     session: Session, source: SourceCard, index: int, others: Collection[int]
 ) -> tuple[tuple[ExplanationRow, ...], dict[int, FeatureRow]]:
     """Return a feature's explanations, best first, and the rows of other features of its source, in one query."""
-    found = session.execute(union_all(*_explanations_and_rows(source, index, others))).all()
+    found = session.execute(_related_query(), _near(source, index, others)).all()
     return _explanation_rows(found), _feature_rows(found)
 
 
 def around(session: Session, source: SourceCard, index: int, others: Collection[int]) -> Around:
     """Return what `related` does and where else one may go: other evidence, sources and models; in one query."""
-    harvests = (
-        select(
-            Harvest.id, Corpus.name, Harvest.state, _NOTHING, cast_sql(Harvest.n_tokens, Float), _NO_NUMBER, _kind(2)
-        )
-        .join(Corpus, Corpus.id == Harvest.corpus_id)
-        .where(Harvest.source_id == source.id)
-    )
-    sources = select(Source.layer, Source.name, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(3)).where(
-        Source.model_id == source.model_id
-    )
-    models = select(literal(0, Integer()), Model.id, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(4))
-    parts = [*_explanations_and_rows(source, index, others), harvests, sources, models]
-    found = session.execute(union_all(*parts)).all()
+    found = session.execute(_around_query(), _near(source, index, others) | {"model": source.model_id}).all()
     return Around(
         _explanation_rows(found),
         _feature_rows(found),
@@ -590,6 +589,31 @@ def around(session: Session, source: SourceCard, index: int, others: Collection[
     )
 
 
+def _near(source: SourceCard, index: int, others: Collection[int]) -> dict[str, Any]:
+    return {"source": source.id, "latent": index, "others": sorted(set(others))}
+
+
+@lru_cache(maxsize=1)
+def _related_query() -> CompoundSelect[*tuple[Any, ...]]:
+    return union_all(*_explanations_and_rows())
+
+
+@lru_cache(maxsize=1)
+def _around_query() -> CompoundSelect[*tuple[Any, ...]]:
+    harvests = (
+        select(
+            Harvest.id, Corpus.name, Harvest.state, _NOTHING, cast_sql(Harvest.n_tokens, Float), _NO_NUMBER, _kind(2)
+        )
+        .join(Corpus, Corpus.id == Harvest.corpus_id)
+        .where(Harvest.source_id == bindparam("source"))
+    )
+    sources = select(Source.layer, Source.name, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(3)).where(
+        Source.model_id == bindparam("model")
+    )
+    models = select(literal(0, Integer()), Model.id, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(4))
+    return union_all(*_explanations_and_rows(), harvests, sources, models)
+
+
 _NOTHING = literal("", String())
 _NO_NUMBER = literal(None, Float())
 
@@ -598,7 +622,7 @@ def _kind(number: int) -> ColumnElement[int]:
     return literal(number, Integer())
 
 
-def _explanations_and_rows(source: SourceCard, index: int, others: Collection[int]) -> list[Any]:
+def _explanations_and_rows() -> list[Any]:
     explanations = select(
         Explanation.id.label("key"),
         Explanation.text.label("text"),
@@ -607,7 +631,7 @@ def _explanations_and_rows(source: SourceCard, index: int, others: Collection[in
         cast_sql(Explanation.n_votes, Float()).label("density"),
         _NO_NUMBER.label("max_act"),
         _kind(0).label("kind"),
-    ).where(Explanation.source_id == source.id, Explanation.index == index)
+    ).where(Explanation.source_id == bindparam("source"), Explanation.index == bindparam("latent"))
     features = select(
         Feature.index,
         Feature.label,
@@ -616,7 +640,7 @@ def _explanations_and_rows(source: SourceCard, index: int, others: Collection[in
         Feature.density,
         Feature.max_act,
         _kind(1),
-    ).where(Feature.source_id == source.id, Feature.index.in_(sorted(set(others))))
+    ).where(Feature.source_id == bindparam("source"), Feature.index.in_(bindparam("others", expanding=True)))
     return [explanations, features]
 
 
