@@ -7,6 +7,7 @@ that most agree with, then the newest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
@@ -92,15 +93,7 @@ def retire(session: Session, who: Actor, explanation_id: int) -> RetiredExplanat
     found = get(session, explanation_id)
     if not may_retire(who, found.method, found.author):
         raise Forbidden(f"This explanation is {found.author}'s; write a better one, or ask an admin.")
-    kept = RetiredExplanation(
-        source_id=found.source_id,
-        index=found.index,
-        text=found.text,
-        method=found.method,
-        author=found.author,
-        created_at=found.created_at,
-        retired_by=who.name,
-    )
+    kept = RetiredExplanation(**_said(found), retired_by=who.name)
     session.add(kept)
     session.execute(delete(ExplanationVote).where(ExplanationVote.explanation_id == found.id))
     session.delete(found)
@@ -116,19 +109,18 @@ def restore(session: Session, who: Actor, retired_id: int) -> Explanation:
         raise NotFound(f"There is no explanation {retired_id} to bring back.")
     if not may_retire(who, kept.method, kept.author):
         raise Forbidden(f"This explanation was {kept.author}'s; only they or an admin bring it back.")
-    back = Explanation(
-        source_id=kept.source_id,
-        index=kept.index,
-        text=kept.text,
-        method=kept.method,
-        author=kept.author,
-        created_at=kept.created_at,
-    )
+    back = Explanation(**_said(kept))
     session.add(back)
     session.delete(kept)
     session.flush()
     _relabel(session, back.source_id, back.index)
     return back
+
+
+def _said(entry: Explanation | RetiredExplanation) -> dict[str, Any]:
+    """What was said of which feature by whom, whether it stands or was taken back."""
+    names = ("source_id", "index", "text", "method", "author", "created_at")
+    return {name: getattr(entry, name) for name in names}
 
 
 def history(session: Session, who: Actor, source_id: int, index: int) -> tuple[list[Entry], list[Entry]]:

@@ -16,6 +16,7 @@ from app import corpora, explanations, lockfile, matches, wording
 from app import evidence as blobs
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
+from app.explanations import HEURISTIC
 from app.labels import Text, row_of
 from app.settings import Settings
 from app.tables import (
@@ -34,7 +35,6 @@ from app.tables import (
 from app.tokens import vocabulary
 from app.weights import SaeFacts, store_sae
 
-HEURISTIC = "heuristic"
 _CHUNK = 1_000
 _SET_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
