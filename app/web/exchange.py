@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from app import archives, catalog, exchange, harvests, jobs, models, uploads
@@ -148,13 +149,23 @@ def export(request: Request, model: str, source: str, form: Format, session: Db,
         exchange.files(session, settings, found.model_id, found.name, Path(probe), form, _quiet)
     root = f"{found.model_id}-{found.name}-{form}"
 
-    def body() -> Iterator[bytes]:
+    def body() -> Generator[bytes]:
         with tempfile.TemporaryDirectory(dir=home, prefix="export-") as scratch, sessions() as own:
             written = exchange.files(own, settings, found.model_id, found.name, Path(scratch), form, _quiet)
             yield from archives.zipped(root, _sent(Path(scratch), written))
 
     headers = {"content-disposition": f'attachment; filename="{root}.zip"'}
-    return StreamingResponse(body(), media_type="application/zip", headers=headers)
+    return StreamingResponse(_closed(body()), media_type="application/zip", headers=headers)
+
+
+async def _closed(pieces: Generator[bytes]) -> AsyncGenerator[bytes]:
+    """Pass pieces on, and close what makes them also when the browser goes away: its scratch files end at once."""
+    try:
+        async for piece in iterate_in_threadpool(pieces):
+            yield piece
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_in_threadpool(pieces.close)
 
 
 def _sent(scratch: Path, written: Iterator[Path]) -> Iterator[tuple[str, Path]]:
