@@ -34,7 +34,8 @@ def add(
     wide = card.n_heads * card.d_head if hook_name.endswith("attn.hook_z") else card.d_model
     if len(values) != wide:
         raise BadInput(f"The vector has {len(values)} numbers; {hook_name} of {model_id} has {wide}.")
-    numbers = np.asarray(values, dtype="<f4")
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(values, dtype="<f4")
     if not np.isfinite(numbers).all() or not np.any(numbers):
         raise BadInput("The vector must hold finite numbers, and not only zeros.")
     if len(list(session.scalars(select(SteeringVector.id).where(SteeringVector.model_id == model_id)))) >= MAX_VECTORS:

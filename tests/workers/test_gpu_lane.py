@@ -294,7 +294,7 @@ def test_more_than_the_queue_holds_is_refused_with_both_numbers() -> None:
         assert lane.admitted == 1
 
 
-def test_a_text_nobody_waits_for_any_more_is_not_computed(
+def test_a_text_whose_deadline_has_passed_is_refused_and_not_computed(
     language: LanguageModel, tiny: Tiny, topk: Coder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
@@ -302,8 +302,10 @@ def test_a_text_nobody_waits_for_any_more_is_not_computed(
 
     async def test() -> None:
         async with running() as lane:
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(lane.encode(language, [text(language, tiny, topk, "the cat")], -1.0), 0.3)
+            with pytest.raises(Unavailable, match="deadline"):
+                await lane.encode(language, [text(language, tiny, topk, "the cat")], -1.0)
+            with pytest.raises(Unavailable, match="deadline"):
+                await lane.compute(lambda: computed.append(1), -1.0)
 
     run(test)
     assert computed == []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -19,6 +21,8 @@ from workers.memory import keep_freed_memory
 
 STOP_SECONDS = 5
 """How long requests in progress may take after SIGTERM."""
+MOST_STOP_SECONDS = 20
+"""How long stopping may take altogether: a turn of the device is not interrupted."""
 
 
 def main() -> None:
@@ -31,8 +35,14 @@ def main() -> None:
         create_app(settings, lane), log_config=None, access_log=False, timeout_graceful_shutdown=STOP_SECONDS
     )
     server = uvicorn.Server(config)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        server.should_exit = True
+        # Should anything hold the end up, all threads' stacks go to the log and the process ends all the same.
+        faulthandler.dump_traceback_later(MOST_STOP_SECONDS, exit=True)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _signal, _frame: setattr(server, "should_exit", True))
+        signal.signal(number, stop)
     serving = threading.Thread(target=_serve, args=(server, listener, lane), name="http")
     serving.start()
     try:

@@ -33,6 +33,8 @@ MAX_GATHER_SECONDS = 0.1
 """Longest wait for others to come, where several asked at once lately. No more than a quarter of the last batch's time,
 and half of that after the last that came: 40 ms where a batch takes 160, 1 ms where it takes 4."""
 
+_DOZE_SECONDS = 1.0
+
 T = TypeVar("T")
 Pieces = Generator[None, None, T]
 """Work for the device in pieces; between two of them others have their turn."""
@@ -195,7 +197,8 @@ class Lane:
         """Sleep until there is something to do; False when stopping."""
         with self._changed:
             while not self._encodes and not self._is_busy():
-                self._changed.wait()
+                # Not for ever: a signal that comes just before the main thread sleeps is seen when it wakes.
+                self._changed.wait(_DOZE_SECONDS)
             return not self._stopping
 
     def _gather(self) -> None:
@@ -228,7 +231,10 @@ class Lane:
         """The text that waited longest and those of its model nearest in length, within the bound on padded tokens."""
         now = time.monotonic()
         with self._changed:
-            waiting = [item for item in self._encodes if item.deadline > now and not item.future.cancelled()]
+            for item in self._encodes:
+                if item.deadline <= now:
+                    _set(item.future, _late())
+            waiting = [item for item in self._encodes if not item.future.done()]
             if not waiting:
                 self._encodes = []
                 return []
@@ -251,6 +257,7 @@ class Lane:
         item = self._works.popleft()
         if item.future.cancelled() or item.deadline < time.monotonic():
             item.pieces.close()
+            _set(item.future, _late())
             return
         try:
             next(item.pieces)
@@ -377,6 +384,11 @@ def _answers(batch: list[_Encode], residuals: Residuals) -> Sequence[list[SaeAct
         return encode(batch[0].language, [item.text for item in batch], residuals)
     except Exception as error:
         return [_as_error(error)] * len(batch)
+
+
+def _late() -> Unavailable:
+    """What is answered in any case: a request that is never answered would keep its place in the queue for ever."""
+    return Unavailable("The device was busy with others until this request's deadline. Try again.")
 
 
 def _set(future: Future[Any], outcome: Any) -> None:
