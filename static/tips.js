@@ -69,6 +69,9 @@ document.addEventListener(
   true,
 );
 
+// The pointer may have come to rest on a token before this script was there.
+show([...document.querySelectorAll(marks)].find((mark) => mark.matches(":hover")));
+
 export function mount() {
   document.querySelectorAll(".window:not(.tokens, [tabindex])").forEach((window) => {
     if (!window.querySelector(marks)) return;

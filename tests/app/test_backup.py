@@ -76,7 +76,7 @@ class Processes:
             [sys.executable, "-m", *module],
             cwd=REPOSITORY,
             env=self._environment(),
-            stderr=subprocess.DEVNULL,
+            stderr=(self.settings.data_dir.parent / f"{module[-1]}.log").open("a"),
             text=True,
         )
         self.running.append(process)
@@ -187,6 +187,8 @@ def test_what_a_live_server_held_comes_back_after_everything_was_destroyed(
         assert len(writers.kept) > len(acknowledged)
     assert "rows of" in said
     processes.kill()
+    # Connections still open would read the destroyed file on, which no longer has a name.
+    engine.dispose()
     destroy(place)
     assert "Restored" in processes.command("restore", str(tmp_path / "b.tar"))
     with db.sessions(engine)() as session:
