@@ -35,6 +35,7 @@ from app import (
     harvests,
     hub,
     jobs,
+    localkey,
     log,
     models,
     origins,
@@ -164,6 +165,30 @@ def examine() -> None:
     raise typer.Exit(1 if broken else 0)
 
 
+@app.command(name="url")
+def print_url() -> None:
+    """Print a link that opens the server in a browser, once, within a day; in team mode its address."""
+    settings = supervisor.served_address(Settings())
+    print(supervisor.url(settings) if settings.team else _link(settings))
+
+
+@app.command(name="token")
+def print_token(
+    renew: Annotated[bool, typer.Option(help="Make a new one; the old one, open browsers and links end.")] = False,
+) -> None:
+    """Print what programs send in the header x-api-key to a server without accounts."""
+    settings = Settings()
+    if settings.team:
+        raise BadInput("In team mode people make tokens of their own at /account, which roles and dates bound.")
+    if renew:
+        localkey.renew(settings)
+    print(localkey.api_token(settings))
+
+
+def _link(settings: Settings) -> str:
+    return f"{supervisor.url(settings)}/open?link={localkey.new_link(settings)}"
+
+
 def _serve(settings: Settings, log_dir: Path | None) -> int:
     log.configure(settings, "supervisor")
     _out.print(f"Starting on {settings.data_dir}", soft_wrap=True)
@@ -182,7 +207,10 @@ def _announce(settings: Settings, children: list[Child]) -> None:
     _out.print(table)
     if children and children[0].log is not None:
         _out.print(f"Logs: {settings.data_dir / 'logs'}", soft_wrap=True)
-    _out.print(f"\nSAE Atlas is at [bold]{supervisor.url(settings)}[/]  (Ctrl-C stops it)\n", soft_wrap=True)
+    _out.print(f"\nSAE Atlas is at [bold]{supervisor.url(settings)}[/]  (Ctrl-C stops it)", soft_wrap=True)
+    if not settings.team and settings.local_access != "anyone":
+        _out.print(f"In a browser that it does not know: {_link(settings)}  (works once)", soft_wrap=True)
+    _out.print()
 
 
 # Models ----------------------------------------------------------------------------------------------------------

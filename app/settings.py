@@ -26,6 +26,13 @@ class Settings(BaseSettings):
     host: str = Field(
         default="127.0.0.1", description="Address the web server binds; one that is not loopback needs team mode."
     )
+    local_access: Literal["user", "link", "anyone"] = Field(
+        default="user",
+        description=(
+            "Who is let in without team mode: user, programs of the user who runs the server, and the link that it "
+            "prints; link, that alone; anyone, everybody on this machine."
+        ),
+    )
     team: bool = Field(default=False, description="Team mode: people sign in, and roles say what they may do.")
     public_url: str = Field(
         default="",

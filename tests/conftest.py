@@ -27,6 +27,8 @@ from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, S
 from app.tokens import write_vocabulary
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Starlette's test client has no process at its other end whose user could be asked for.
+os.environ.setdefault("SAE_ATLAS_LOCAL_ACCESS", "anyone")
 
 TOKENS = [
     b"<|endoftext|>",

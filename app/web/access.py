@@ -1,7 +1,8 @@
 """Who may do what: every route declares `ANYONE`, `VIEWER`, `EDITOR` or `ADMIN` among its dependencies.
 
-Without team mode there is one person, who may do everything, and nothing is looked up. In team mode a cookie or an API
-key says who asks; whoever may not is sent to sign in (pages), or answered 401 or 403.
+Without team mode there is one person, who may do everything: whoever runs the server, known by the user of the asking
+process, or by a link that the server printed. In team mode a cookie or an API key says who asks; whoever may not is
+sent to sign in (pages), or answered 401 or 403.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from app import people
+from app import localkey, peers, people
 from app.errors import Busy, Forbidden, Unauthorized
 from app.people import LOCAL, Actor, Role
 from app.settings import Settings
@@ -29,6 +30,10 @@ _COOKIE = "atlas_login"
 
 class SignInNeeded(Unauthorized):
     """Nobody is signed in; a browser is led to the login page."""
+
+
+class LinkNeeded(Unauthorized):
+    """Somebody on this machine asks a server that is another user's, or asks from a browser that opened no link yet."""
 
 
 class Rates:
@@ -61,7 +66,12 @@ def _needs(role: Role | None) -> Any:
     async def check(request: Request) -> None:
         settings = cast(Settings, request.app.state.settings)
         if not settings.team:
-            request.state.actor = LOCAL
+            request.state.actor = LOCAL if _is_owner(request, settings) else None
+            if role is not None and request.state.actor is None:
+                raise LinkNeeded(
+                    "This server is for the user who started it. Open the link that its terminal printed, or one from "
+                    "`sae-atlas url`; programs send what `sae-atlas token` prints in the header x-api-key."
+                )
             return
         actor = await run_in_threadpool(_actor, request)
         request.state.actor = actor
@@ -105,6 +115,35 @@ def _signed_in(request: Request) -> Actor:
     if actor is None:
         raise SignInNeeded("Sign in first.")
     return actor
+
+
+def _is_owner(request: Request, settings: Settings) -> bool:
+    """Tell whether the one person of a server without accounts asks; other users of the machine reach its port too."""
+    if settings.local_access == "anyone":
+        return True
+    client, server = request.scope.get("client"), request.scope.get("server")
+    if settings.local_access == "user" and client and server and peers.of_this_user(client, server):
+        return True
+    if key := _key(request):
+        return localkey.fits(key, localkey.api_token(settings))
+    secret = request.cookies.get(_local_cookie(settings), "")
+    return bool(secret) and localkey.fits(secret, localkey.cookie(settings))
+
+
+def open_here(response: Response, settings: Settings) -> None:
+    """Let the browser in that opened a link."""
+    response.set_cookie(
+        _local_cookie(settings),
+        localkey.cookie(settings),
+        max_age=people.LOGIN_DAYS * 86_400,
+        httponly=True,
+        samesite="lax",
+    )
+
+
+def _local_cookie(settings: Settings) -> str:
+    """Browsers send a cookie to all ports of a host: servers side by side need names of their own."""
+    return f"atlas_local_{settings.port}"
 
 
 Who = Annotated[Actor, Depends(_signed_in)]

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Form, Request
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import people
+from app import localkey, people
 from app.errors import AtlasError, Forbidden, NotFound, Unauthorized
 from app.people import Actor, Role
 from app.tables import now
-from app.web.access import ANYONE, VIEWER, Who, actor_of, address_of, forget, local_path, remember
+from app.web.access import ANYONE, VIEWER, Who, actor_of, address_of, forget, local_path, open_here, remember
 from app.web.pages import Config, Db, render
-from app.web.problems import Problem, of
+from app.web.problems import ClosedPage, Problem, of
 
 router = APIRouter()
 _MAX_FIELD = 2000
@@ -72,9 +72,27 @@ class AccountPage:
     problem: Problem | None = None
 
 
+@router.get("/open", dependencies=[ANYONE])
+def open_link(request: Request, settings: Config, link: str = "") -> Response:
+    """Let a browser in that opens the link which the terminal printed. Takes the secret, or the whole link pasted."""
+    if settings.team:
+        raise NotFound("This server has accounts: sign in.")
+    if actor_of(request) is not None:
+        return RedirectResponse("/", 303)
+    if not localkey.use_link(settings, link.rpartition("link=")[2].strip()):
+        words = (
+            f"This link is unknown, used, or older than {localkey.LINK_HOURS} hours. The command below prints another."
+        )
+        page = ClosedPage(Problem(401, "That link does not open it", words))
+        return render(request, "closed.html", page, status=401, headers={"cache-control": "no-store"})
+    response = RedirectResponse("/", 303, {"cache-control": "no-store", "referrer-policy": "no-referrer"})
+    open_here(response, settings)
+    return response
+
+
 @router.get("/login", dependencies=[ANYONE])
 def login_page(request: Request, settings: Config, next: str = "/") -> Response:
-    if actor_of(request) is not None:
+    if actor_of(request) is not None or not settings.team:
         return RedirectResponse(local_path(next), 303)
     return render(request, "login.html", LoginPage(local_path(next)))
 

@@ -15,7 +15,7 @@ from app import log
 from app.catalog import NotInCatalog
 from app.errors import AtlasError
 from app.web import pages
-from app.web.access import SignInNeeded, login_path
+from app.web.access import LinkNeeded, SignInNeeded, login_path
 
 _logger = log.get("web")
 _HEADINGS = {
@@ -43,6 +43,13 @@ class Problem:
     suggestions: tuple[tuple[str, str], ...] = ()
     retry_after: int | None = None
     request_id: str = ""
+
+
+@dataclass(frozen=True)
+class ClosedPage:
+    """What others on the machine see of a server without accounts, and its person before they opened a link."""
+
+    problem: Problem | None = None
 
 
 def register(app: FastAPI) -> None:
@@ -96,6 +103,8 @@ def sentence(errors: list[dict[str, Any]]) -> str:
 async def _atlas(request: Request, error: Exception) -> Response:
     if isinstance(error, SignInNeeded) and not _of_api(request):
         return _to_sign_in(request)
+    if isinstance(error, LinkNeeded) and not _of_api(request) and not pages.partial(request):
+        return pages.render(request, "closed.html", ClosedPage(), status=401, headers={"cache-control": "no-store"})
     return answer(request, of(cast(AtlasError, error)))
 
 
