@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, cast
 
 import typer
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -43,9 +42,11 @@ from app import (
     present,
     relocation,
     supervisor,
+    trainings,
     validations,
     weights,
     wording,
+    yamlspec,
 )
 from app.demo import prepare
 from app.errors import AtlasError, BadInput, NotFound
@@ -57,10 +58,9 @@ from app.settings import Settings
 from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
-from app.trainspecs import TrainSpec
+from app.trainings import Outlook
 
 Report = Callable[[float, str], None]
-SpecT = TypeVar("SpecT", bound=BaseModel)
 
 app = typer.Typer(
     help="A Neuronpedia that you run yourself.",
@@ -519,17 +519,52 @@ def remove_corpus(name: str, yes: Annotated[bool, typer.Option("--yes", help="Do
 
 @app.command()
 def train(
-    spec: Annotated[Path, typer.Argument(help="A YAML file; app/demo/train.yaml is an example.")],
+    spec: Annotated[Path, typer.Argument(help="A YAML file, or - for standard input; see app/demo/train.yaml.")],
     watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it will take.")] = False,
 ) -> None:
-    """Queue the training of an SAE."""
-    asked = _read_spec(spec, TrainSpec)
-    title = asked.title
-    with _session(Settings()) as session:
-        catalog.model_entry(session, asked.model)
-        corpora.corpus_named(session, asked.corpus)
-        job_id = jobs.submit(session, Settings(), "train", title, asked.model_dump(mode="json", exclude_none=True)).id
-    _queued(job_id, title, watch)
+    """Queue the training of one or several SAEs."""
+    settings = Settings()
+    fields = _yaml_of(spec)
+    with _session(settings) as session:
+        found = trainings.outlook(session, settings, trainings.read(fields))
+        job = None if estimate else trainings.queue(session, settings, found.spec)
+        job_id = job.id if job else 0
+    _say_outlook(found)
+    if job is not None:
+        _queued(job_id, found.spec.title, watch)
+
+
+def _yaml_of(path: Path) -> dict[str, Any]:
+    """Return the fields that a YAML file holds. Raises BadInput in words."""
+    try:
+        raw = sys.stdin.buffer.read(yamlspec.MAX_BYTES + 1) if str(path) == "-" else _start_of(path)
+        if len(raw) > yamlspec.MAX_BYTES:
+            raise BadInput(f"{path} is longer than the {yamlspec.MAX_BYTES:,} bytes that a spec may have.")
+        return yamlspec.load(raw.decode("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {error}.") from None
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(yamlspec.MAX_BYTES + 1)
+
+
+def _say_outlook(found: Outlook) -> None:
+    takes, spec = found.estimate, found.spec
+    how = "as fast as the latest training here" if found.speed.measured else "on two CPU cores; a GPU is faster"
+    about = "" if found.counted else "about "
+    _out.print(
+        f"About {present.duration(takes.seconds)} ({how}): {takes.tokens_seen:,} tokens in {takes.steps:,} steps, "
+        f"{takes.tokens:,} of them distinct, of {about}{found.available:,} in the corpus. "
+        f"{present.size(takes.memory_bytes)} of memory; {present.size(takes.disk_bytes)} of disk while it runs, "
+        f"{present.size(takes.sae_bytes)} that stay. {present.size(found.free_bytes)} are free.",
+        soft_wrap=True,
+    )
+    _out.print(f"SAEs: {', '.join(sae.source for sae in spec.saes)}", soft_wrap=True)
+    for note in found.notes:
+        _out.print(escape(note), soft_wrap=True)
 
 
 class _Harvest(TyperGroup):
@@ -830,6 +865,18 @@ def _queued(job_id: int, title: str, watch: bool) -> None:
         if job.state != JobState.DONE:
             raise AtlasError(f"Job {job_id} {job.state}. {job.error}".strip())
         _out.print("\n".join(f"  {key}: {escape(_number(value))}" for key, value in job.result.items()))
+        for path in _links(job):
+            _out.print(f"Open {supervisor.url(settings)}{escape(path)}", soft_wrap=True)
+
+
+def _links(job: Job) -> list[str]:
+    """Paths of what a finished job made: all its SAEs where it trained several."""
+    url = str(job.result.get("url", ""))
+    trained = job.result.get("saes")
+    if job.kind == trainings.KIND and isinstance(trained, dict):
+        model = url.split("/")[1]
+        return [f"/{model}/{source}" for source in cast(dict[str, Any], trained)]
+    return [url] if url else []
 
 
 def _watch(settings: Settings, job_id: int) -> Job:
@@ -1048,21 +1095,6 @@ def _progress() -> Generator[Report]:
             progress.update(task, total=1.0 if share > 0 else None, completed=share, description=escape(status))
 
         yield report
-
-
-def _read_spec(path: Path, kind: type[SpecT]) -> SpecT:
-    """Read and validate a YAML spec. Raises BadInput naming the field."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from None
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the spec"
-        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise BadInput(f"{path.name}: {where}: {first['msg']}; it is {str(first['input'])[:60]!r}{more}.") from None
 
 
 def _model_source(text: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from app.api import (
     steer,
     steer_lab,
     tokenize,
+    train,
     unknown,
     vector,
 )
@@ -127,6 +128,7 @@ def create_app(settings: Settings) -> FastAPI:
         vector,
         tokenize,
         queue,
+        train,
         lists_api,
         unknown,
     ):

@@ -163,20 +163,26 @@ class Estimate:
 def estimate(
     spec: TrainSpec, card: ModelCard, cache_bytes: int, speed: Speed | None = None, n_contexts: int | None = None
 ) -> Estimate:
-    """Return what a job takes; n_contexts as in `plan`."""
-    made = plan(spec, card, cache_bytes, n_contexts)
+    """Return what a job takes; n_contexts as in `plan`, whose windows are not made for it.
+
+    Steps from a buffer are those of all rows together: the plan rounds each window and may differ by one in fifty.
+    """
     speed = speed or Speed()
-    tokens = made.n_contexts * tokens_per_context(spec)
-    seen = made.n_steps * spec.batch_size
-    forward = forward_flops(spec, card) * made.n_contexts * spec.context_size * (1 if made.cached else spec.epochs)
+    wanted = -(-spec.n_tokens // tokens_per_context(spec))
+    n_contexts = wanted if n_contexts is None else min(wanted, n_contexts)
+    cached = is_cached(spec, card, cache_bytes, n_contexts)
+    tokens = n_contexts * tokens_per_context(spec)
+    n_steps = _n_steps(spec, cached, tokens)
+    seen = n_steps * spec.batch_size
+    forward = forward_flops(spec, card) * n_contexts * spec.context_size * (1 if cached else spec.epochs)
     steps = sum(step_flops(sae, card) for sae in spec.saes) * seen
-    n_rows = tokens if made.cached else min(tokens, max(spec.buffer_tokens, PARTS * spec.batch_size))
+    n_rows = tokens if cached else min(tokens, max(spec.buffer_tokens, PARTS * spec.batch_size))
     weights = [n_weights(sae, card) for sae in spec.saes]
     return Estimate(
         tokens=tokens,
         tokens_seen=seen,
-        steps=made.n_steps,
-        cached=made.cached,
+        steps=n_steps,
+        cached=cached,
         memory_bytes=4 * card.n_params + sum(20 * n for n in weights) + max(_batch_bytes(spec, s) for s in spec.saes),
         disk_bytes=n_rows * row_bytes(spec, card) + sum(12 * n for n in weights) + 12 * max(weights),
         sae_bytes=sum(weights) * (2 if spec.weights_dtype == "float16" else 4),
@@ -184,6 +190,13 @@ def estimate(
         step_flops=steps,
         seconds=forward / speed.forward + steps / speed.step,
     )
+
+
+def _n_steps(spec: TrainSpec, cached: bool, tokens: int) -> int:
+    if tokens < spec.batch_size:
+        return 0
+    whole = tokens / spec.batch_size
+    return spec.epochs * max(1, round(whole)) if cached else max(1, round(spec.epochs * whole))
 
 
 def forward_flops(spec: TrainSpec, card: ModelCard) -> float:

@@ -23,6 +23,8 @@ HOOK_PATTERN = (
 )
 HookName = Annotated[str, Field(pattern=HOOK_PATTERN)]
 MAX_SAES = 64
+MAX_TOKENS = 10**11
+MAX_STEPS = 10**9
 
 
 class Architecture(StrEnum):
@@ -140,7 +142,9 @@ class SaeSpec(Spec):
         "oscillates and latents die; too low: it is still falling at the end. Default 1e-3 for the topk family, "
         "5e-4 for the others.",
     )
-    warmup_steps: int = Field(100, ge=0, description="Steps over which the learning rate rises; 100 to 1000.")
+    warmup_steps: int = Field(
+        100, ge=0, le=MAX_STEPS, description="Steps over which the learning rate rises; 100 to 1000."
+    )
     decay_share: float = Field(
         0.3, ge=0, le=1, description="Last share of the steps over which it falls to zero; 0.2 to 0.3 is usual."
     )
@@ -152,6 +156,7 @@ class SaeSpec(Spec):
     dead_after_tokens: int = Field(
         200_000,
         ge=1,
+        le=MAX_TOKENS,
         description="Tokens without an activation after which a latent counts as dead; 200 thousand for short runs, "
         "10 million for runs of a billion tokens.",
     )
@@ -161,11 +166,15 @@ class SaeSpec(Spec):
         "transcoders, pre_act for jumprelu. ghost_grads is understood and replaced by the architecture's own.",
     )
     k: int | None = Field(
-        None, ge=1, description="topk family: latents active on a token, on average for batchtopk; 16 to 64 is usual."
+        None,
+        ge=1,
+        le=2**20,
+        description="topk family: latents active on a token, on average for batchtopk; 16 to 64 is usual.",
     )
     aux_k: int | None = Field(
         None,
         ge=0,
+        le=2**20,
         description="topk family: dead latents that learn from the residual error in each step; about d_model / 2.",
     )
     aux_coefficient: float | None = Field(None, ge=0, description="topk family: weight of that AuxK loss; 1/32.")
@@ -192,12 +201,14 @@ class SaeSpec(Spec):
     l1_warmup_steps: int | None = Field(
         None,
         ge=0,
+        le=MAX_STEPS,
         description="standard, gated and transcoders: steps over which the penalty rises, about 5 % of all. Without "
         "it many latents die at the start.",
     )
     resample_every_steps: int | None = Field(
         None,
         ge=10,
+        le=MAX_STEPS,
         description="standard, gated and transcoders: steps between resamplings of dead latents; 2,500. None happens "
         "in the last third of the training.",
     )
@@ -205,7 +216,10 @@ class SaeSpec(Spec):
         None, ge=0, description="jumprelu: weight of the L0 penalty, in the same units as the L1 one; 0.3 to 5."
     )
     l0_warmup_steps: int | None = Field(
-        None, ge=0, description="jumprelu: steps over which the penalty rises; about 5 % of all, or all of them."
+        None,
+        ge=0,
+        le=MAX_STEPS,
+        description="jumprelu: steps over which the penalty rises; about 5 % of all, or all of them.",
     )
     penalty: Literal["step", "tanh"] | None = Field(
         None, description="jumprelu: step counts active latents (DeepMind); tanh is its smooth kin (Anthropic)."
@@ -308,9 +322,10 @@ class SaeSpec(Spec):
 class TrainSpec(Spec):
     """Train SAEs on one pass of a model over some text, evaluate them and put them into the catalog."""
 
-    model: str = Field(description="Model id in the catalog.")
+    model: str = Field(max_length=200, description="Model id in the catalog.")
     corpus: str = Field(
-        description="Corpus in the catalog. A hub dataset becomes one with `sae-atlas corpus add hf:OWNER/NAME`."
+        max_length=200,
+        description="Corpus in the catalog. A hub dataset becomes one with `sae-atlas corpus add hf:OWNER/NAME`.",
     )
     saes: tuple[SaeSpec, ...] = Field(
         min_length=1,
@@ -323,6 +338,7 @@ class TrainSpec(Spec):
     n_tokens: int = Field(
         2_000_000,
         ge=2_000,
+        le=MAX_TOKENS,
         description="Distinct tokens to learn from; millions for a first look, 100 million to a billion for a "
         "finished SAE. Where the corpus has fewer, all of it.",
     )
@@ -356,16 +372,24 @@ class TrainSpec(Spec):
         "auto",
         description="Of the large matrix products; weights stay in float32. auto is bfloat16 where it is faster.",
     )
-    steps_per_checkpoint: int = Field(40, ge=1, description="Optimiser steps between checkpoints; seconds of work.")
+    steps_per_checkpoint: int = Field(
+        40, ge=1, le=MAX_STEPS, description="Optimiser steps between checkpoints; seconds of work."
+    )
     evaluate_every_steps: int = Field(
-        200, ge=1, description="Steps between looks at held-out text: ce_loss_score, histograms, a few features."
+        200,
+        ge=1,
+        le=MAX_STEPS,
+        description="Steps between looks at held-out text: ce_loss_score, histograms, a few features.",
     )
     n_eval_tokens: int = Field(
-        20_000, ge=1_000, description="Held-out tokens for the losses with the SAE spliced in, at the end."
+        20_000, ge=1_000, le=10**9, description="Held-out tokens for the losses with the SAE spliced in, at the end."
     )
     weights_dtype: Literal["float32", "float16"] = Field("float16", description="Precision of the weights on disk.")
     harvest_tokens: int = Field(
-        0, ge=0, description="Tokens of the harvest queued at the end, which makes the dashboards; 0 queues none."
+        0,
+        ge=0,
+        le=10**11,
+        description="Tokens of the harvest queued at the end, which makes the dashboards; 0 queues none.",
     )
 
     @model_validator(mode="before")
@@ -380,7 +404,7 @@ class TrainSpec(Spec):
         listed: Any = common.get("saes")
         if isinstance(listed, Mapping):
             listed = [listed]
-        if listed is not None and not isinstance(listed, Sequence):
+        if isinstance(listed, str) or not isinstance(listed, Sequence | None):
             return fields
         entries: list[Any] = list(cast(Sequence[Any], listed)) if listed is not None else [{}]
         merged = [dict(_merged(outside, cast(dict[str, Any], e))) if isinstance(e, dict) else e for e in entries]
@@ -493,11 +517,16 @@ def _check_outside(outside: Mapping[str, Any], saes: Sequence[Any]) -> None:
     ]
     for name, value in outside.items():
         owners = _owners(name)
-        if value is not None and owners and used and not set(used) & set(owners):
+        if value is not None and owners and used and not set(used) & {*owners, *_unknown(used)}:
             raise ValueError(
                 f"{name} is a field of {_listed(owners)}; this job trains {_listed(sorted(set(used)))}. Leave it "
                 "out, or change the architecture."
             )
+
+
+def _unknown(architectures: Sequence[str]) -> set[str]:
+    """Those that are none: the field itself says so."""
+    return set(architectures) - {str(architecture) for architecture in Architecture}
 
 
 def _owners(name: str) -> tuple[str, ...]:

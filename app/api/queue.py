@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from app import jobs
 from app.catalog import parse_index
 from app.errors import BadInput
+from app.settings import Settings
 from app.tables import Job, JobState
 from app.web.access import EDITOR, VIEWER
 from app.web.pages import Config, Db
@@ -124,7 +125,7 @@ def list_jobs(
 @router.get("/{job_id}", dependencies=[VIEWER])
 def show(job_id: str, session: Db, settings: Config) -> JobView:
     """Return one job."""
-    return _now(session, settings, _number(job_id))
+    return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/cancel", dependencies=[EDITOR])
@@ -132,7 +133,7 @@ def cancel(job_id: str, session: Db, settings: Config) -> JobView:
     """Cancel a job: at once when it waits, within seconds when it runs. One that has ended stays as it is."""
     jobs.cancel(session, _number(job_id))
     session.commit()
-    return _now(session, settings, _number(job_id))
+    return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/pause", dependencies=[EDITOR])
@@ -140,7 +141,7 @@ def pause(job_id: str, session: Db, settings: Config) -> JobView:
     """Stop a job so that it can be resumed where it stopped."""
     jobs.pause(session, _number(job_id))
     session.commit()
-    return _now(session, settings, _number(job_id))
+    return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/resume", dependencies=[EDITOR])
@@ -148,7 +149,7 @@ def resume(job_id: str, session: Db, settings: Config) -> JobView:
     """Queue a failed, cancelled or paused job again; it goes on after the last step that was done."""
     jobs.resume(session, _number(job_id))
     session.commit()
-    return _now(session, settings, _number(job_id))
+    return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/priority", dependencies=[EDITOR])
@@ -162,7 +163,7 @@ def place(job_id: str, body: Place, session: Db, settings: Config) -> JobView:
     if body.next:
         jobs.run_next(session, number)
     session.commit()
-    return _now(session, settings, number)
+    return now_of(session, settings, number)
 
 
 @router.get("/{job_id}/logs", dependencies=[VIEWER])
@@ -212,11 +213,12 @@ def view(job: Job, places: dict[int, int]) -> JobView:
     )
 
 
-def _now(session: Session, settings: Config, job_id: int) -> JobView:
+def now_of(session: Session, settings: Settings, job_id: int) -> JobView:
+    """A job as it is now, with its place among those that wait."""
     return view(jobs.get(session, job_id), _places(session, settings))
 
 
-def _places(session: Session, settings: Config) -> dict[int, int]:
+def _places(session: Session, settings: Settings) -> dict[int, int]:
     return {job_id: place for place, job_id in enumerate(jobs.in_order(session, settings), 1)}
 
 

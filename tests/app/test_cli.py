@@ -94,6 +94,7 @@ def test_jobs_are_queued_listed_shown_cancelled_and_resumed(shell: Shell, tmp_pa
     spec = tmp_path / "spec.yaml"
     spec.write_text(
         "model: tiny\ncorpus: texts\nhook_name: blocks.1.hook_resid_post\nset_name: mine\nk: 4\nd_sae: 32\n"
+        "batch_size: 32\n"
     )
     queued = shell.says("train", str(spec))
     assert "Job 1 queued: Train tiny/1-mine: TopK k=4, d_sae=32" in queued
@@ -110,9 +111,9 @@ def test_jobs_are_queued_listed_shown_cancelled_and_resumed(shell: Shell, tmp_pa
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("model: tiny\n", "corpus: Field required"),
-        (": : :", "cannot be read as YAML"),
-        ("[1, 2]", "the spec: Input should be"),
+        ("model: tiny\n", "corpus: It is missing."),
+        (": : :", "This is no YAML: line 1, column"),
+        ("[1, 2]", "this YAML is a list"),
         (
             "model: tiny\ncorpus: texts\nhook_name: blocks.1.hook_resid_post\nset_name: '../x'\n",
             "set_name: String should match pattern",

@@ -114,6 +114,7 @@ def test_what_changes_something_is_not_open_to_viewers_unless_listed_here() -> N
         "/steer/score",
         "/steer/stream",
         "/tokenize",
+        "/train/estimate",
         "/vector/get",
         "/vector/list-owned",
         "/{model}/loading",

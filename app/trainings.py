@@ -1,0 +1,287 @@
+"""A training before it starts: whether it can be, and what it will take. Takes a Session; the caller commits.
+
+Page, API and command line ask here, so they refuse the same specs in the same words.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app import catalog, corpora, jobs, present, trainplan
+from app.catalog import ModelEntry
+from app.errors import AtlasError, BadInput
+from app.protocol import ModelCard
+from app.settings import Settings
+from app.tables import Corpus, Job, JobState
+from app.trainplan import Estimate, Speed
+from app.trainspecs import SaeSpec, TrainSpec
+
+KIND = "train"
+CHARS_PER_TOKEN = 4
+PARALLEL = frozenset(
+    {"GPTNeoXForCausalLM", "GPTJForCausalLM", "PhiForCausalLM", "FalconForCausalLM", "CohereForCausalLM"}
+)
+"""Architectures whose attention and MLP read the same residual, so that there is no hook between them."""
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+_FIELDS = frozenset((*SaeSpec.model_fields, *TrainSpec.model_fields)) - {"saes"}
+_GPU = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a spec."""
+
+    field: str
+    """Of SaeSpec or TrainSpec; empty where it concerns the whole."""
+    text: str
+
+
+class BadSpec(BadInput):
+    """A spec that cannot be trained; `faults` says why, field by field."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        shown = [f"{fault.field}: {fault.text}" if fault.field else fault.text for fault in self.faults[:5]]
+        more = [f"And {len(self.faults) - 5} more."] if len(self.faults) > 5 else []
+        super().__init__(" ".join([*shown, *more]))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a training means before it starts."""
+
+    spec: TrainSpec
+    estimate: Estimate
+    speed: Speed
+    available: int
+    """Tokens that the corpus has, held-out ones too."""
+    counted: bool
+    """They were counted; else guessed from the characters, the corpus not being tokenised yet."""
+    free_bytes: int
+    memory_limit: int
+    """Of this machine, in bytes; 0 where the trainer computes on a GPU or elsewhere."""
+    notes: tuple[str, ...]
+
+
+def read(fields: Mapping[str, Any]) -> TrainSpec:
+    """Return the spec that some fields make. Raises BadSpec with both numbers of each fault."""
+    try:
+        return TrainSpec.model_validate(dict(fields))
+    except ValidationError as error:
+        raise BadSpec(_faults(error)) from None
+
+
+def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
+    """Return what a training takes. Raises BadSpec for what the catalog or this machine does not allow."""
+    entry, corpus = _catalogued(session, settings, spec)
+    card = entry.card
+    available, counted = _available(settings, corpus, card)
+    n_contexts = available // max(spec.context_size - (card.bos_token_id is not None), 1)
+    n_train = int(n_contexts * (1 - spec.held_out))
+    speed = trainplan.measured_speed(job.result for job in _finished(session))
+    takes = trainplan.estimate(spec, card, settings.cache_bytes, speed, n_train)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(settings.data_dir).free
+    memory = memory_limit(session, settings)
+    faults = [*_too_little(spec, n_train), *_too_much(takes, free, memory)]
+    if faults:
+        raise BadSpec(faults)
+    notes = tuple(_notes(session, settings, spec, entry, n_train))
+    return Outlook(spec, takes, speed, available, counted, free, memory, notes)
+
+
+def queue(session: Session, settings: Settings, spec: TrainSpec) -> Job:
+    """Queue a training. Raises BadSpec for one that cannot be."""
+    outlook(session, settings, spec)
+    return jobs.submit(session, settings, KIND, spec.title, spec.model_dump(mode="json", exclude_none=True))
+
+
+def memory_limit(session: Session, settings: Settings) -> int:
+    """Return the memory of the machine that trains, where that is this one's processor; 0 where it is not known."""
+    hosts = {beat.host for beat in jobs.trainers(session, settings)}
+    on_gpu = settings.device not in ("auto", "cpu") or (
+        settings.device == "auto" and any(path.exists() for path in _GPU)
+    )
+    if on_gpu or hosts - {socket.gethostname()}:
+        return 0
+    return machine_bytes()
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, within the limit of its container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.is_file() else "max"
+    return total if allowed == "max" else min(total, int(allowed))
+
+
+# What pydantic says, as sentences ----------------------------------------------------------------------------------
+
+
+def _faults(error: ValidationError) -> list[Fault]:
+    found: dict[tuple[str, str], Fault] = {}
+    # Where an SAE is wrong, pydantic adds that there are too few of them.
+    told = [fault for fault in error.errors() if fault["type"] != "too_short" or error.error_count() == 1]
+    for fault in told:
+        loc = [str(part) for part in fault["loc"]]
+        text = _sentence(cast(dict[str, Any], fault))
+        name = _field_of(loc, text)
+        place = f"SAE {int(loc[1]) + 1}: " if len(loc) > 1 and loc[1].isdigit() and int(loc[1]) else ""
+        found.setdefault((name, text), Fault(name, place + text))
+    return list(found.values())
+
+
+def _field_of(loc: list[str], text: str) -> str:
+    """The field that a fault is about; one of several fields names itself in its sentence."""
+    named = next((part for part in reversed(loc) if not part.isdigit() and part != "saes"), "")
+    if named or loc == ["saes"]:
+        return named[:60] or "saes"
+    return next((word for word in re.findall(r"[a-z_0-9]+", text) if word in _FIELDS), "")
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    given, kind = fault["input"], str(fault["type"])
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        bound = fault["ctx"][key]
+        return f"It is {_shown(given)}; it must be {words} {bound:,}."
+    if kind == "missing":
+        return "It is missing."
+    if kind == "extra_forbidden":
+        return "There is no field of this name."
+    text = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    # A sentence that begins with a field's name keeps that as it is written.
+    text = (text if text.partition(" ")[0] in _FIELDS else f"{text[:1].upper()}{text[1:]}")[:600]
+    return f"{text}." if kind == "value_error" else f"{text}; it is {_shown(given)}."
+
+
+def _shown(given: object) -> str:
+    if isinstance(given, int) and not isinstance(given, bool):
+        # Python refuses to write out numbers of more than 4300 digits.
+        return f"{given:,}" if given.bit_length() <= 100 else f"a number of {given.bit_length():,} bits"
+    if isinstance(given, str | float | bool):
+        return repr(given) if len(repr(given)) <= 60 else repr(given)[:60] + "…"
+    return {"list": "a list", "dict": "a mapping", "NoneType": "empty"}.get(type(given).__name__, "something else")
+
+
+# What catalog and machine say to it --------------------------------------------------------------------------------
+
+
+def _catalogued(session: Session, settings: Settings, spec: TrainSpec) -> tuple[ModelEntry, Corpus]:
+    faults: list[Fault] = []
+    entry = _or_fault(faults, "model", lambda: _model(session, settings, spec.model))
+    corpus = _or_fault(faults, "corpus", lambda: corpora.corpus_named(session, _plain(spec.corpus)))
+    if entry is not None:
+        faults += _misfits(spec, entry.card, settings)
+    if (
+        entry is not None
+        and corpus is not None
+        and not corpora.can_be_read(settings, corpus, entry.card.tokenizer_hash)
+    ):
+        text = f"{corpus.name} came as tokens of another tokenizer; {entry.card.id} cannot read it. Add its text."
+        faults.append(Fault("corpus", text))
+    if faults or entry is None or corpus is None:
+        raise BadSpec(faults)
+    return entry, corpus
+
+
+def _model(session: Session, settings: Settings, model_id: str) -> ModelEntry:
+    entry = catalog.model_entry(session, _plain(model_id))
+    catalog.model_ref(settings, entry.card.id)  # raises where it has no weights here
+    return entry
+
+
+def _or_fault(faults: list[Fault], field: str, act: Any) -> Any:
+    try:
+        return act()
+    except AtlasError as error:
+        faults.append(Fault(field, error.message))
+        return None
+
+
+def _plain(text: str) -> str:
+    """Without what no database takes: half characters and NUL."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "")
+
+
+def _misfits(spec: TrainSpec, card: ModelCard, settings: Settings) -> Iterator[Fault]:
+    if spec.context_size > card.n_ctx:
+        yield Fault("context_size", f"It is {spec.context_size:,} tokens; {card.id} reads {card.n_ctx:,}.")
+    for name, hook in dict.fromkeys(pair for sae in spec.saes for pair in _named_hooks(sae)):
+        layer = int(hook.split(".")[1])
+        if layer >= card.n_layers:
+            yield Fault(name, f"{hook} is in layer {layer:,}; {card.id} has layers 0 to {card.n_layers - 1}.")
+        elif hook.endswith("hook_resid_mid") and card.architecture in PARALLEL:
+            yield Fault(name, f"{card.id} has no {hook}: its attention and its MLP run side by side.")
+    widest = max(sae.d_sae for sae in spec.saes)
+    if widest > settings.max_d_sae:
+        yield Fault("d_sae", f"It is {widest:,}; at most {settings.max_d_sae:,} here (SAE_ATLAS_MAX_D_SAE).")
+
+
+def _named_hooks(sae: SaeSpec) -> Iterator[tuple[str, str]]:
+    yield "hook_name", sae.hook_name
+    if sae.hook_name_out is not None:
+        yield "hook_name_out", sae.hook_name_out
+
+
+def _available(settings: Settings, corpus: Corpus, card: ModelCard) -> tuple[int, bool]:
+    """Tokens of the corpus for this model, and whether they were counted."""
+    counted = {tokens.tokenizer_hash: tokens.n_tokens for tokens in corpora.tokens_of(settings, corpus)}
+    known = counted.get(card.tokenizer_hash)
+    return (corpus.n_chars // CHARS_PER_TOKEN, False) if known is None else (known, True)
+
+
+def _too_little(spec: TrainSpec, n_train: int) -> Iterator[Fault]:
+    most = n_train * trainplan.tokens_per_context(spec)
+    if most < spec.batch_size:
+        yield Fault("batch_size", f"A batch is {spec.batch_size:,} tokens; the corpus gives {most:,} to train on.")
+
+
+def _too_much(takes: Estimate, free: int, memory: int) -> Iterator[Fault]:
+    if takes.disk_bytes + takes.sae_bytes > free:
+        needs = present.size(takes.disk_bytes + takes.sae_bytes)
+        what = "lower n_tokens, or set cache to buffer" if takes.cached else "lower buffer_tokens or d_sae"
+        yield Fault(
+            "n_tokens" if takes.cached else "d_sae", f"It takes {needs} of disk; {present.size(free)} are free: {what}."
+        )
+    if memory and takes.memory_bytes > memory:
+        needs = present.size(takes.memory_bytes)
+        text = f"It takes {needs} of memory; this machine has {present.size(memory)}: lower d_sae, or train fewer SAEs."
+        yield Fault("d_sae", text)
+
+
+def _notes(session: Session, settings: Settings, spec: TrainSpec, entry: ModelEntry, n_train: int) -> Iterator[str]:
+    yield from spec.notes
+    most = n_train * trainplan.tokens_per_context(spec)
+    if most < spec.n_tokens:
+        yield f"The corpus gives {most:,} tokens to train on, fewer than the {spec.n_tokens:,} asked for: all are read."
+    taken = {source.name for source in entry.sources}
+    replaced = [sae.source for sae in spec.saes if sae.source in taken]
+    if replaced:
+        is_, it = ("is", "it") if len(replaced) == 1 else ("are", "them")
+        yield f"{', '.join(replaced[:4])} {is_} in the catalog already: the end of this training replaces {it}."
+    if not spec.harvest_tokens:
+        yield "harvest_tokens is 0: no dashboards are made at the end."
+    if not jobs.trainers(session, settings):
+        yield "No trainer is running: the job waits until `sae-atlas serve` starts one."
+
+
+def _finished(session: Session) -> list[Job]:
+    done = select(Job).where(Job.kind == KIND, Job.state == JobState.DONE)
+    return list(session.scalars(done.order_by(Job.id.desc()).limit(10)))
