@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy import cast as cast_sql
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from app import maps, wording
+from app import maps, visibility, wording
 from app.corpora import IMPORTED, VOCABULARY, tokens_dir
 from app.errors import BadInput, NotFound
 from app.protocol import ModelCard, ModelRef, SaeRef
@@ -54,11 +54,13 @@ from app.tables import (
     WordKind,
 )
 from app.tokens import Vocabulary, vocabulary
+from app.visibility import Reader, Visibility
 
 RESERVED = frozenset(
     {
         "about",
         "account",
+        "activity",
         "admin",
         "api",
         "assets",
@@ -99,12 +101,15 @@ RESERVED = frozenset(
         "robots.txt",
         "search",
         "settings",
+        "shared",
         "sources",
         "static",
         "steer",
         "teams",
         "train",
+        "trash",
         "upload",
+        "vectors",
     }
 )
 """First segments of addresses that mean something else: no model may be called so."""
@@ -163,6 +168,10 @@ class SourceCard:
     origin: Mapping[str, Any]
     harvest_id: int | None
     created_at: str
+    owner: str = ""
+    visibility: str = Visibility.TEAM
+    link: str = ""
+    """The secret of its public link."""
 
     @property
     def path(self) -> str:
@@ -578,7 +587,8 @@ def related(
 
 def around(session: Session, source: SourceCard, index: int, others: Collection[int]) -> Around:
     """Return what `related` does and where else one may go: other evidence, sources and models; in one query."""
-    found = session.execute(_around_query(), _near(source, index, others) | {"model": source.model_id}).all()
+    query = _around_query(visibility.reader(session))
+    found = session.execute(query, _near(source, index, others) | {"model": source.model_id}).all()
     return Around(
         _explanation_rows(found),
         _feature_rows(found),
@@ -598,11 +608,11 @@ def _near(source: SourceCard, index: int, others: Collection[int]) -> dict[str, 
 
 @lru_cache(maxsize=1)
 def _related_query() -> CompoundSelect[*tuple[Any, ...]]:
-    return union_all(*_explanations_and_rows())
+    return union_all(*_explanations_and_rows()).execution_options(**{visibility.NARROWED: True})
 
 
-@lru_cache(maxsize=1)
-def _around_query() -> CompoundSelect[*tuple[Any, ...]]:
+@lru_cache(maxsize=256)
+def _around_query(reader: Reader | None) -> CompoundSelect[*tuple[Any, ...]]:
     harvests = (
         select(
             Harvest.id, Corpus.name, Harvest.state, _NOTHING, cast_sql(Harvest.n_tokens, Float), _NO_NUMBER, _kind(2)
@@ -614,7 +624,10 @@ def _around_query() -> CompoundSelect[*tuple[Any, ...]]:
         Source.model_id == bindparam("model")
     )
     models = select(literal(0, Integer()), Model.id, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(4))
-    return union_all(*_explanations_and_rows(), harvests, sources, models)
+    if reader is not None:
+        sources, models = sources.where(visibility.seen(reader, Source)), models.where(visibility.seen(reader, Model))
+    whole = union_all(*_explanations_and_rows(), harvests, sources, models)
+    return whole.execution_options(**{visibility.NARROWED: True})
 
 
 _NOTHING = literal("", String())
@@ -745,6 +758,9 @@ def _source(source: Source) -> SourceCard:
         origin=source.origin,
         harvest_id=source.harvest_id,
         created_at=source.created_at.isoformat(),
+        owner=source.owner,
+        visibility=source.visibility,
+        link=source.link,
     )
 
 

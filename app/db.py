@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from app import visibility
 from app.errors import AtlasError
 from app.settings import Settings
 
@@ -62,7 +63,10 @@ def enter_wal(cursor: sqlite3.Cursor) -> None:
 
 
 def sessions(engine: Engine) -> sessionmaker[Session]:
-    return sessionmaker(engine, expire_on_commit=False)
+    """Return what opens sessions; what each reads is narrowed to what its reader may see."""
+    made = sessionmaker(engine, expire_on_commit=False)
+    event.listen(made, "do_orm_execute", visibility.narrow)
+    return made
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

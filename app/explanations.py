@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app import catalog
 from app.errors import BadInput, Conflict, Forbidden, NotFound
 from app.people import Actor, Role
-from app.tables import Explanation, ExplanationVote, Feature, RetiredExplanation
+from app.tables import Explanation, ExplanationVote, Feature, RetiredExplanation, Source
 
 HUMAN, HEURISTIC = "human", "heuristic"
 MAX_TEXT = 1000
@@ -62,7 +62,7 @@ def write(session: Session, who: Actor, model_id: str, source: str, index: int, 
 
 def get(session: Session, explanation_id: int) -> Explanation:
     found = session.get(Explanation, explanation_id) if 0 < explanation_id < 2**31 else None
-    if found is None:
+    if found is None or session.get(Source, found.source_id) is None:  # whose SAE may not be seen is not there
         raise NotFound(f"There is no explanation {explanation_id}.")
     return found
 
@@ -105,7 +105,7 @@ def retire(session: Session, who: Actor, explanation_id: int) -> RetiredExplanat
 def restore(session: Session, who: Actor, retired_id: int) -> Explanation:
     """Bring back an explanation that was taken back; its votes are gone."""
     kept = session.get(RetiredExplanation, retired_id) if 0 < retired_id < 2**31 else None
-    if kept is None:
+    if kept is None or session.get(Source, kept.source_id) is None:
         raise NotFound(f"There is no explanation {retired_id} to bring back.")
     if not may_retire(who, kept.method, kept.author):
         raise Forbidden(f"This explanation was {kept.author}'s; only they or an admin bring it back.")

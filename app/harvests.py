@@ -12,7 +12,7 @@ from typing import IO, Any
 from sqlalchemy import delete, event, insert, select, update
 from sqlalchemy.orm import Session, SessionTransaction
 
-from app import corpora, explanations, lockfile, matches, wording
+from app import corpora, explanations, lockfile, matches, visibility, wording
 from app import evidence as blobs
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
@@ -73,13 +73,16 @@ def catalogue_sae(
         raise NotFound(f"There is no model {model_id!r}. Add it with `sae-atlas model add`.")
     _hold_weights(session, settings, facts.hash)
     name = f"{facts.layer}-{set_name}"
-    source = session.scalar(select(Source).where(Source.model_id == model_id, Source.name == name))
+    with visibility.unlimited(session):  # a name is taken by what the one who adds may not see, too
+        source = session.scalar(select(Source).where(Source.model_id == model_id, Source.name == name))
     if source is None:
         here = select(Source.id).where(Source.model_id == model_id, Source.layer == facts.layer)
         first = session.scalar(here) is None
         source = Source(model_id=model_id, name=name, layer=facts.layer, set_name=set_name, is_default=first)
+        visibility.claim(session, source)
         session.add(source)
     elif source.sae_hash != facts.hash:
+        visibility.claim(session, source)
         _forget_evidence(session, settings, source)
     store_sae(settings, facts.source, facts)
     source.sae_hash, source.architecture, source.hook_name = facts.hash, facts.architecture, facts.hook_name
@@ -119,6 +122,12 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
     source = source_named(session, model_id, name)
     if source.sae_hash != sae_hash:
         raise Conflict(f"{model_id}/{name} was replaced a moment ago; look at it again before you remove it.")
+    with visibility.unlimited(session):  # what the one who removes it may not see goes on needing its weights
+        _remove(session, settings, source)
+
+
+def _remove(session: Session, settings: Settings, source: Source) -> None:
+    model_id, sae_hash = source.model_id, source.sae_hash
     _forget_evidence(session, settings, source)
     explanations.forget(session, source.id)
     layer, was_default = source.layer, source.is_default
@@ -209,7 +218,8 @@ _UNUSED = "unused directories"
 def _drop_kept(session: Session, settings: Settings, model_id: str, keys: Iterable[str]) -> None:
     """Delete kept activations with the commit, unless another harvest or one that runs needs them."""
     waiting = (JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
-    specs = session.scalars(select(Job.spec).where(Job.kind == "harvest", Job.state.in_(waiting)))
+    with visibility.unlimited(session):
+        specs = session.scalars(select(Job.spec).where(Job.kind == "harvest", Job.state.in_(waiting))).all()
     if any(spec.get("model") == model_id and spec.get("keep_activations") for spec in specs):
         return
     used = set(session.scalars(select(Harvest.activations).where(Harvest.activations.in_(list(keys)))))

@@ -9,7 +9,7 @@ so delay another's first by one job at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,9 +17,12 @@ from typing import Any
 from sqlalchemy import case, delete, func, select, update
 from sqlalchemy.orm import Session
 
+from app import visibility
 from app.errors import BadInput, Busy, Conflict, NotFound
+from app.people import Actor
 from app.settings import Settings
-from app.tables import Beat, Job, JobLine, JobMetric, JobState, now
+from app.tables import Beat, Job, JobLine, JobMetric, JobState, Source, now
+from app.visibility import Visibility
 
 MAX_PRIORITY = 100
 LINES_KEPT = 2_000
@@ -30,7 +33,8 @@ LINE_CHARS = 4_000
 def submit(session: Session, settings: Settings, kind: str, title: str, spec: dict[str, Any]) -> Job:
     """Add a queued job; a trainer takes it up within a second or two of the commit. Raises Busy when too many wait."""
     waits = select(func.count()).where(Job.state == JobState.QUEUED)
-    waiting = session.scalar(waits) or 0
+    with visibility.unlimited(session):
+        waiting = session.scalar(waits) or 0
     if waiting >= settings.max_waiting_jobs:
         raise Busy(
             f"{waiting} jobs wait already, {settings.max_waiting_jobs} may. Cancel some or wait for them.",
@@ -45,9 +49,23 @@ def submit(session: Session, settings: Settings, kind: str, title: str, spec: di
             retry_after=60,
         )
     job = Job(kind=kind, title=title[:200], spec=spec, result={}, workflow_id="", owner=owner)
+    if _about_private(session, spec):
+        job.visibility = Visibility.PRIVATE
     session.add(job)
     session.flush()
     return job
+
+
+def _about_private(session: Session, spec: Mapping[str, Any]) -> bool:
+    """Tell whether a job names an SAE that only its owner sees: its title and results then are theirs too."""
+    named = [spec.get("source"), spec.get("other"), *(spec.get("sources") or ())]
+    named += [f.get("source") or f.get("layer") for f in spec.get("features") or () if isinstance(f, Mapping)]
+    names = [name for name in named if isinstance(name, str)]
+    model = spec.get("model") or spec.get("modelId")
+    if not names or not isinstance(model, str):
+        return False
+    private = select(Source.id).where(Source.model_id == model, Source.name.in_(names))
+    return session.scalar(private.where(Source.visibility == Visibility.PRIVATE).limit(1)) is not None
 
 
 def recent(
@@ -73,6 +91,13 @@ def get(session: Session, job_id: int) -> Job:
     job = session.get(Job, job_id) if 0 < job_id < 2**31 else None
     if job is None:
         raise NotFound(f"No job {job_id}.")
+    return job
+
+
+def to_change(session: Session, who: Actor, job_id: int) -> Job:
+    """Return a job that somebody may stop, resume or move. Raises NotFound, or Forbidden for another's."""
+    job = get(session, job_id)
+    visibility.check_may_change(who, job.owner, f"Job {job_id}")
     return job
 
 
@@ -135,14 +160,15 @@ class _Turn:
 
 def in_order(session: Session, settings: Settings) -> Iterator[int]:
     """Yield the ids of waiting jobs as they will start, were nothing added; those over an owner's limit come last."""
-    rows = session.execute(
-        select(Job.id, Job.owner, Job.run_next)
-        .where(Job.state == JobState.QUEUED, Job.workflow_id == "")
-        .order_by(Job.priority, Job.id.desc())
-    ).all()
-    if not rows:
-        return
-    turns = _turns(session, {row.owner for row in rows})
+    with visibility.unlimited(session):  # others' jobs take places, whoever asks
+        rows = session.execute(
+            select(Job.id, Job.owner, Job.run_next)
+            .where(Job.state == JobState.QUEUED, Job.workflow_id == "")
+            .order_by(Job.priority, Job.id.desc())
+        ).all()
+        if not rows:
+            return
+        turns = _turns(session, {row.owner for row in rows})
     first = next((row.id for row in rows if row.run_next and _may_run(settings, turns[row.owner])), None)
     for row in rows:
         if row.id != first:
@@ -193,7 +219,8 @@ def set_priority(session: Session, job_id: int, priority: int) -> Job:
 def run_next(session: Session, job_id: int) -> Job:
     """Put a waiting job before all others. The mark moves: what had it before takes its turn again."""
     job = _waiting(session, job_id)
-    session.execute(update(Job).where(Job.run_next, Job.id != job_id).values(run_next=False))
+    with visibility.unlimited(session):
+        session.execute(update(Job).where(Job.run_next, Job.id != job_id).values(run_next=False))
     job.run_next = True
     return job
 

@@ -5,30 +5,21 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from app import catalog
+from app import catalog, visibility
 from app.catalog import FeatureRow, SourceCard
 from app.errors import BadInput, Conflict, Forbidden, NotFound
-from app.people import Actor, Role
+from app.people import Actor
 from app.tables import FeatureList, ListedFeature, now
+from app.visibility import Visibility
 
 MAX_LISTS = 2000
 """Of one person."""
 MAX_FEATURES = 500
 MAX_NAME, MAX_TEXT, MAX_NOTE = 200, 20_000, 5_000
-
-
-class Visibility(StrEnum):
-    """Who sees a list."""
-
-    PRIVATE = "private"
-    TEAM = "team"
-    LINK = "link"
-    """Whoever has its address, signed in or not."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +117,8 @@ def may_see(who: Actor | None, found: FeatureList) -> bool:
 
 
 def may_change(who: Actor | None, found: FeatureList) -> bool:
-    """Tell whether that is the owner's, or an admin's, to change; on a server without accounts everything is."""
-    return who is not None and (who.id is None or found.owner == who.name or who.role == Role.ADMIN)
+    """Tell whether that is somebody's to change: the owner's, an admin's."""
+    return visibility.may_change(who, found.owner)
 
 
 def to_change(session: Session, who: Actor, list_id: str) -> FeatureList:

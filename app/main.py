@@ -53,9 +53,11 @@ from app.web import (
     preview,
     prompt,
     search,
+    sharing,
     source,
     steering,
     upload,
+    vectors,
 )
 from app.web import (
     explanations as explanation_pages,
@@ -149,8 +151,10 @@ def create_app(settings: Settings) -> FastAPI:
         job,
         lists,
         search,
+        sharing,
         palette,
         upload,
+        vectors,
         loading,
         steering,
         prompt,

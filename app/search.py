@@ -16,7 +16,7 @@ import numpy as np
 from sqlalchemy import ColumnElement, Select, case, func, select, tuple_
 from sqlalchemy.orm import Session
 
-from app import meaning
+from app import meaning, visibility
 from app.catalog import FeatureRow, like
 from app.labelindex import Index
 from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Source
@@ -103,7 +103,8 @@ def find(
             limit=limit,
         )
     where = scope.conditions()
-    sources = session.scalars(select(Source.id).where(*where)).all() if where else None
+    limited = bool(where) or visibility.reader(session) is not None
+    sources = session.scalars(select(Source.id).where(*where)).all() if limited else None
     vector = _vector(query) if index.n_vectors else None
     found = index.find(query, vector, sources)
     ids = found.ids[offset : offset + limit].tolist()

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import catalog
+from app import catalog, visibility
 from app.errors import BadInput, NotFound
+from app.people import Actor
 from app.tables import SteeringVector
 
 SET = "vectors"
@@ -38,7 +39,9 @@ def add(
         numbers = np.asarray(values, dtype="<f4")
     if not np.isfinite(numbers).all() or not np.any(numbers):
         raise BadInput("The vector must hold finite numbers, and not only zeros.")
-    if len(list(session.scalars(select(SteeringVector.id).where(SteeringVector.model_id == model_id)))) >= MAX_VECTORS:
+    with visibility.unlimited(session):
+        n = session.scalar(select(func.count()).where(SteeringVector.model_id == model_id)) or 0
+    if n >= MAX_VECTORS:
         raise BadInput(f"{model_id} has {MAX_VECTORS} vectors already. Delete some.")
     vector = SteeringVector(
         model_id=model_id,
@@ -48,6 +51,7 @@ def add(
         default_strength=strength,
         values=numbers.tobytes(),
         about=about,
+        owner=visibility.maker(session)[0],
     )
     session.add(vector)
     session.flush()
@@ -68,13 +72,15 @@ def get(session: Session, model_id: str, source: str, index: str) -> SteeringVec
 
 
 def owned(session: Session, model_id: str | None = None) -> list[SteeringVector]:
-    """Return all vectors, newest first: they belong to everybody."""
+    """Return all vectors that the reader sees, newest first."""
     wanted = select(SteeringVector).order_by(SteeringVector.id.desc()).limit(MAX_VECTORS)
     return list(session.scalars(wanted if model_id is None else wanted.where(SteeringVector.model_id == model_id)))
 
 
-def delete(session: Session, model_id: str, source: str, index: str) -> None:
-    session.delete(get(session, model_id, source, index))
+def delete(session: Session, who: Actor, model_id: str, source: str, index: str) -> None:
+    vector = get(session, model_id, source, index)
+    visibility.check_may_change(who, vector.owner, f"{vector.label!r}")
+    session.delete(vector)
 
 
 def source_of(vector: SteeringVector) -> str:

@@ -12,16 +12,38 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from app import visibility
 from app.errors import BadInput, NotFound
-from app.tables import SteeringPreset, SteeringRun
+from app.tables import Source, SteeringPreset, SteeringRun, SteeringVector
+from app.visibility import Visibility
 
 
 def save(session: Session, model_id: str, request: Mapping[str, Any], result: Mapping[str, Any]) -> SteeringRun:
-    """Store a finished run under a new id that cannot be guessed."""
-    run = SteeringRun(id=secrets.token_urlsafe(12), model_id=model_id, request=dict(request), result=dict(result))
+    """Store a finished run under a new id that cannot be guessed, for whom the session works."""
+    owner, seen_by = visibility.maker(session)
+    run = SteeringRun(
+        id=secrets.token_urlsafe(12),
+        model_id=model_id,
+        request=dict(request),
+        result=dict(result),
+        owner=owner,
+        visibility=Visibility.PRIVATE if _of_private(session, model_id, request) else seen_by,
+    )
     session.add(run)
     session.flush()
     return run
+
+
+def _of_private(session: Session, model_id: str, request: Mapping[str, Any]) -> bool:
+    """Tell whether an SAE or vector that steered is seen by its owner alone."""
+    features = request.get("features") or []
+    names = {str(f.get("layer") or f.get("source")) for f in features}
+    saes = select(Source.id).where(Source.model_id == model_id, Source.name.in_(names))
+    if session.scalar(saes.where(Source.visibility == Visibility.PRIVATE).limit(1)) is not None:
+        return True
+    of_vectors = {int(f["index"]) for f in features if str(f.get("layer") or f.get("source")).endswith("-vectors")}
+    vectors = select(SteeringVector.id).where(SteeringVector.id.in_(of_vectors))
+    return session.scalar(vectors.where(SteeringVector.visibility == Visibility.PRIVATE).limit(1)) is not None
 
 
 def get(session: Session, run_id: str) -> SteeringRun:

@@ -51,6 +51,17 @@ Payload = Annotated[dict[str, Any], mapped_column(JSON, default=dict)]
 LongText = Annotated[str, mapped_column(Text)]
 
 
+class Owned:
+    """The columns of what somebody owns and may show to others (app.visibility)."""
+
+    owner: Mapped[str] = mapped_column(String(200), default="", server_default="")
+    """Name of the person whose it is; empty for what nobody claimed."""
+    visibility: Mapped[str] = mapped_column(String(10), default="team", server_default="team")
+    """visibility.Visibility"""
+    link: Mapped[str] = mapped_column(String(32), default="", server_default="")
+    """The secret of its public link; empty while it has none."""
+
+
 class Model(Table):
     """A language model whose directory lies under the data directory."""
 
@@ -66,7 +77,7 @@ class Model(Table):
     sources: Mapped[list[Source]] = relationship(back_populates="model", lazy="raise")
 
 
-class Source(Table):
+class Source(Owned, Table):
     """An SAE in its place in a model: `{layer}-{set}`."""
 
     __tablename__ = "sources"
@@ -289,7 +300,7 @@ class JobState(StrEnum):
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
-class Job(Table):
+class Job(Owned, Table):
     """A durable job as people see it; dbos keeps its steps under `workflow_id`."""
 
     __tablename__ = "jobs"
@@ -383,7 +394,7 @@ class PromptRun(Table):
     created_at: Mapped[Moment]
 
 
-class SteeringRun(Table):
+class SteeringRun(Owned, Table):
     """A finished steering run, so that its address replays it."""
 
     __tablename__ = "steering_runs"
@@ -408,7 +419,7 @@ class SteeringPreset(Table):
     created_at: Mapped[Moment]
 
 
-class SteeringVector(Table):
+class SteeringVector(Owned, Table):
     """A direction that belongs to no SAE: uploaded, or a mean difference of two sets of texts."""
 
     __tablename__ = "steering_vectors"

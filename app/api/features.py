@@ -18,7 +18,7 @@ from app.errors import BadFile
 from app.evidence import Example, FeatureEvidence
 from app.settings import Settings
 from app.tokens import Vocabulary
-from app.web.access import VIEWER
+from app.web.access import GUEST, VIEWER
 from app.web.pages import Config, Db
 
 router = APIRouter(tags=["features"])
@@ -46,7 +46,7 @@ class Json(Response):
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-@router.get("/feature/{model}/{source}/{index}", dependencies=[VIEWER])
+@router.get("/feature/{model}/{source}/{index}", dependencies=[GUEST])
 def get_feature(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """One feature with its vector, evidence and explanations. 404 when it does not exist."""
     return Json(feature(session, settings, model, source, catalog.parse_index(index)))

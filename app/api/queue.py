@@ -14,7 +14,7 @@ from app.catalog import parse_index
 from app.errors import BadInput
 from app.settings import Settings
 from app.tables import Job, JobState
-from app.web.access import EDITOR, VIEWER
+from app.web.access import EDITOR, VIEWER, Who
 from app.web.pages import Config, Db
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -129,33 +129,33 @@ def show(job_id: str, session: Db, settings: Config) -> JobView:
 
 
 @router.post("/{job_id}/cancel", dependencies=[EDITOR])
-def cancel(job_id: str, session: Db, settings: Config) -> JobView:
+def cancel(job_id: str, who: Who, session: Db, settings: Config) -> JobView:
     """Cancel a job: at once when it waits, within seconds when it runs. One that has ended stays as it is."""
-    jobs.cancel(session, _number(job_id))
+    jobs.cancel(session, jobs.to_change(session, who, _number(job_id)).id)
     session.commit()
     return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/pause", dependencies=[EDITOR])
-def pause(job_id: str, session: Db, settings: Config) -> JobView:
+def pause(job_id: str, who: Who, session: Db, settings: Config) -> JobView:
     """Stop a job so that it can be resumed where it stopped."""
-    jobs.pause(session, _number(job_id))
+    jobs.pause(session, jobs.to_change(session, who, _number(job_id)).id)
     session.commit()
     return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/resume", dependencies=[EDITOR])
-def resume(job_id: str, session: Db, settings: Config) -> JobView:
+def resume(job_id: str, who: Who, session: Db, settings: Config) -> JobView:
     """Queue a failed, cancelled or paused job again; it goes on after the last step that was done."""
-    jobs.resume(session, _number(job_id))
+    jobs.resume(session, jobs.to_change(session, who, _number(job_id)).id)
     session.commit()
     return now_of(session, settings, _number(job_id))
 
 
 @router.post("/{job_id}/priority", dependencies=[EDITOR])
-def place(job_id: str, body: Place, session: Db, settings: Config) -> JobView:
+def place(job_id: str, body: Place, who: Who, session: Db, settings: Config) -> JobView:
     """Change where a waiting job stands in the queue."""
-    number = _number(job_id)
+    number = jobs.to_change(session, who, _number(job_id)).id
     if body.priority is None and not body.next:
         raise BadInput("Say either a priority or next: true.")
     if body.priority is not None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
@@ -28,7 +29,7 @@ from app.settings import Settings
 from app.steering import DEFAULT, STEERED, Chat, Completion, Steering
 from app.tokens import Reader, Vocabulary
 from app.web.access import VIEWER, actor_of, address_of
-from app.web.pages import Config, Db, Gpu, read
+from app.web.pages import Config, Db, Gpu, own_session, read
 
 router = APIRouter(tags=["steering"])
 
@@ -221,7 +222,8 @@ class Begun:
     start: Start
     events: AsyncGenerator[Event]
     texts: Texts
-    sessions: sessionmaker[Session]
+    session: Callable[[], Session]
+    """Opens a session of whoever asked."""
     record: Mapping[str, Any]
 
 
@@ -245,7 +247,7 @@ async def begin(
     start = await anext(events)
     assert isinstance(start, Start)
     record |= {"dtype": status.dtype, "device": status.device}
-    return Begun(asked, start, events, Texts(words, body.n_logprobs > 0), request.app.state.sessions, record)
+    return Begun(asked, start, events, Texts(words, body.n_logprobs > 0), partial(own_session, request), record)
 
 
 def user_of(request: Request) -> str:
@@ -341,7 +343,7 @@ def take(texts: Texts, event: Event) -> bool:
 
 
 def save(run: Begun, result: dict[str, Any]) -> dict[str, Any]:
-    with run.sessions.begin() as session:
+    with run.session() as session, session.begin():
         saved = steerings.save(session, run.asked.model.id, run.record, {})
         result = {**result, "id": saved.id, "shareUrl": steerings.path(saved)}
         more = {"rows": run.texts.rows(), "promptIds": run.texts.prompt_ids, "seconds": run.texts.seconds}

@@ -17,7 +17,7 @@ from app.api.inputs import FeatureKey, ModelId, find_feature, texts_of
 from app.protocol import DifferenceRequest
 from app.steering import MAX_COEFFICIENT
 from app.tables import SteeringVector
-from app.web.access import EDITOR, VIEWER
+from app.web.access import EDITOR, VIEWER, Who
 from app.web.pages import Config, Db, Gpu, read
 
 router = APIRouter(prefix="/vector", tags=["steering"])
@@ -111,13 +111,13 @@ def get(body: FeatureKey, session: Db, settings: Config) -> Response:
 
 @router.post("/list-owned", dependencies=[VIEWER])
 def list_owned(session: Db) -> Response:
-    """Return all vectors: everybody sees everything."""
+    """Return one's own vectors and those that others show."""
     return _json({"vectors": [_row(vector) for vector in steering_vectors.owned(session)]})
 
 
 @router.post("/delete", dependencies=[EDITOR])
-def delete(body: FeatureKey, session: Db) -> Response:
-    steering_vectors.delete(session, body.modelId, body.source, body.index)
+def delete(body: FeatureKey, who: Who, session: Db) -> Response:
+    steering_vectors.delete(session, who, body.modelId, body.source, body.index)
     session.commit()
     return _json({"message": "Vector deleted."})
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from app import embeddings, harvests, wording
+from app import embeddings, harvests, visibility, wording
 from app.catalog import DERIVED_COUNTS, NO_WEIGHTS
 from app.corpora import IMPORTED, VOCABULARY, usable_name
 from app.documents import Report
@@ -370,7 +370,8 @@ def _ensure_model(session: Session, place: Place) -> None:
 
 
 def _source(session: Session, place: Place, d_sae: int) -> Source:
-    source = session.scalar(select(Source).where(Source.model_id == place.model_id, Source.name == place.source))
+    with visibility.unlimited(session):  # a name is taken by what the one who imports may not see, too
+        source = session.scalar(select(Source).where(Source.model_id == place.model_id, Source.name == place.source))
     if source is None:
         here = select(Source.id).where(Source.model_id == place.model_id, Source.layer == place.layer)
         first = session.scalar(here) is None
@@ -386,7 +387,10 @@ def _source(session: Session, place: Place, d_sae: int) -> Source:
             config={},
             metrics={},
         )
+        visibility.claim(session, source)
         session.add(source)
+    else:
+        visibility.claim(session, source)
     source.hook_name, source.d_in, source.d_sae, source.origin = place.hook_name, 0, d_sae, place.origin
     session.flush()
     return source

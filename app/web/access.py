@@ -7,6 +7,7 @@ sent to sign in (pages), or answered 401 or 403.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -62,7 +63,7 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def _needs(role: Role | None) -> Any:
+def _needs(role: Role | None, *, links: bool = False) -> Any:
     async def check(request: Request) -> None:
         settings = cast(Settings, request.app.state.settings)
         if not settings.team:
@@ -78,6 +79,9 @@ def _needs(role: Role | None) -> Any:
         cast(Rates, request.app.state.rates).spend(f"person {actor.id}" if actor else f"address {address_of(request)}")
         if role is None:
             return
+        if actor is None and links and (held := links_of(request)):
+            request.state.links = held
+            return
         if actor is None:
             raise SignInNeeded("Sign in, or send an API key of yours in the header x-api-key.")
         if not actor.role.covers(role):
@@ -89,6 +93,8 @@ def _needs(role: Role | None) -> Any:
 
 ANYONE = _needs(None)
 VIEWER = _needs(Role.VIEWER)
+GUEST = _needs(Role.VIEWER, links=True)
+"""A viewer, or a stranger who holds a public link and sees what that shows (app.visibility)."""
 EDITOR = _needs(Role.EDITOR)
 ADMIN = _needs(Role.ADMIN)
 
@@ -195,6 +201,23 @@ def forget(response: Response, settings: Settings) -> None:
     response.delete_cookie(
         cookie_name(settings), secure=settings.public_url.startswith("https:"), httponly=True, samesite="lax"
     )
+
+
+_LINKS, _LINK = "atlas_links", re.compile(r"[A-Za-z0-9_-]{20,32}")
+MAX_LINKS = 20
+
+
+def links_of(request: Request) -> frozenset[str]:
+    """Return the secrets of public links that somebody holds: from links they opened, or `?link=` of programs."""
+    said = request.query_params.getlist("link") + request.cookies.get(_LINKS, "").split(".")
+    return frozenset(secret for secret in said[: 2 * MAX_LINKS] if _LINK.fullmatch(secret))
+
+
+def remember_link(request: Request, response: Response, settings: Settings, secret: str) -> None:
+    """Let a browser without an account see what a link shows, until it is closed."""
+    before = [held for held in request.cookies.get(_LINKS, "").split(".") if _LINK.fullmatch(held) and held != secret]
+    kept = ".".join([secret, *before][:MAX_LINKS])
+    response.set_cookie(_LINKS, kept, secure=settings.public_url.startswith("https:"), httponly=True, samesite="lax")
 
 
 def local_path(address: str) -> str:

@@ -22,7 +22,7 @@ from app.settings import Settings
 from app.specs import ImportSpec
 from app.web.access import EDITOR, VIEWER
 from app.web.multipart import Form, closing, full_in_words, wants_json
-from app.web.pages import Config, Db, render
+from app.web.pages import Config, Db, own_session, render
 from app.web.problems import Problem, of
 
 router = APIRouter()
@@ -143,14 +143,13 @@ def export(request: Request, model: str, source: str, form: Format, session: Db,
     found = catalog.source_card(session, model, source)
     home = settings.data_dir / "cache"
     home.mkdir(parents=True, exist_ok=True)
-    sessions = request.app.state.sessions
     # Asked once with the request's session, so that a refusal is an answer and not a download that breaks off.
     with tempfile.TemporaryDirectory(dir=home, prefix="export-") as probe:
         exchange.files(session, settings, found.model_id, found.name, Path(probe), form, _quiet)
     root = f"{found.model_id}-{found.name}-{form}"
 
     def body() -> Generator[bytes]:
-        with tempfile.TemporaryDirectory(dir=home, prefix="export-") as scratch, sessions() as own:
+        with tempfile.TemporaryDirectory(dir=home, prefix="export-") as scratch, own_session(request) as own:
             written = exchange.files(own, settings, found.model_id, found.name, Path(scratch), form, _quiet)
             yield from archives.zipped(root, _sent(Path(scratch), written))
 

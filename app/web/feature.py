@@ -28,7 +28,7 @@ from app.present import FeatureView, ShadedToken, Width
 from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
-from app.web.access import VIEWER
+from app.web.access import GUEST, VIEWER, actor_of
 from app.web.embed import SWITCHES, Embedded, embedded
 from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, read, render
 from app.web.problems import Problem, of
@@ -233,7 +233,7 @@ class ContextPage:
     title: str
 
 
-@router.get("/{model}/{source}/jump", dependencies=[VIEWER])
+@router.get("/{model}/{source}/jump", dependencies=[GUEST])
 def jump(
     model: str,
     source: str,
@@ -260,7 +260,7 @@ def jump(
     return RedirectResponse(f"{found.path}/{catalog.parse_index(to.strip())}{kept}", 302)
 
 
-@router.get("/{model}/{source}/{index}/vector.json", dependencies=[VIEWER])
+@router.get("/{model}/{source}/{index}/vector.json", dependencies=[GUEST])
 def vector(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """The feature's row of W_dec, for notebooks."""
     record = catalog.feature_record(session, model, source, catalog.parse_index(index))
@@ -276,7 +276,7 @@ def vector(model: str, source: str, index: str, session: Db, settings: Config) -
     return JSONResponse(body, headers=_download(record, "json"))
 
 
-@router.get("/{model}/{source}/{index}/vector.npy", dependencies=[VIEWER])
+@router.get("/{model}/{source}/{index}/vector.npy", dependencies=[GUEST])
 def vector_as_array(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """The feature's row of W_dec as numpy.load reads it: float32 [d_in]."""
     record = catalog.feature_record(session, model, source, catalog.parse_index(index))
@@ -290,7 +290,7 @@ def _download(record: FeatureRecord, kind: str) -> dict[str, str]:
     return {"content-disposition": f'attachment; filename="{name}"'}
 
 
-@router.get("/{model}/{source}/{index}", dependencies=[VIEWER])
+@router.get("/{model}/{source}/{index}", dependencies=[GUEST])
 def feature_page(
     request: Request,
     model: str,
@@ -306,6 +306,8 @@ def feature_page(
     if source.isascii() and source.isdigit() and len(source) < 6:
         found = catalog.default_source(session, model, int(source))
         return RedirectResponse(f"{found.path}/{number}{query(dict(request.query_params))}", 302)
+    if actor_of(request) is None:  # who looks by a public link may read, and compute nothing
+        text, switches = "", replace(switches, embedtest=False, embedsteer=False, defaulttesttext="")
     page = load(session, settings, model, source, number, chosen, text or switches.defaulttesttext)
     page = replace(page, base=base_of(request))
     if switches.embed:
@@ -317,7 +319,7 @@ def feature_page(
     return render(request, "feature.html", page, headers=ahead(request))
 
 
-@router.get("/{model}/{source}/{index}/context/{context}", dependencies=[VIEWER])
+@router.get("/{model}/{source}/{index}/context/{context}", dependencies=[GUEST])
 def context_page(
     request: Request, model: str, source: str, index: str, context: str, session: Db, settings: Config, chosen: Chosen
 ) -> Response:

@@ -130,8 +130,8 @@ def _name(host: str) -> str:
 
 
 def without_secrets(path: str) -> str:
-    """Return a path as it may be logged: an invitation's address is its secret."""
-    return "/invite/…" if path.startswith("/invite/") else path
+    """Return a path as it may be logged: the address of an invitation or a public link is its secret."""
+    return next((f"{start}…" for start in ("/invite/", "/shared/") if path.startswith(start)), path)
 
 
 def _dress(headers: MutableHeaders, request_id: str, https: bool) -> None:

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, QueryParams
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, corpora, harvestplan, harvests
+from app import catalog, corpora, harvestplan, harvests, visibility
 from app.catalog import ModelEntry, SourceCard, parse_index
 from app.errors import AtlasError, BadInput, NotFound
 from app.harvestplan import BadField, Estimate
@@ -21,7 +21,7 @@ from app.harvests import Gathered
 from app.settings import Settings
 from app.specs import HarvestSpec
 from app.web import forms
-from app.web.access import EDITOR, VIEWER
+from app.web.access import EDITOR, VIEWER, Who
 from app.web.forms import Field
 from app.web.pages import Config, Db, query, render
 from app.web.problems import Problem, of
@@ -131,16 +131,19 @@ def harvest_page(request: Request, number: str, session: Db, settings: Config) -
 
 
 @router.post("/harvests/{number}/show", dependencies=[EDITOR])
-def show(number: str, session: Db, settings: Config) -> Response:
+def show(number: str, who: Who, session: Db, settings: Config) -> Response:
     """Make it what its SAE's pages show unless asked otherwise."""
     found = harvests.harvest_of(session, parse_index(number))
+    visibility.check_may_change(who, found.source.owner, visibility.path(found.source)[1:])
     harvests.show(session, settings, found.source, found.harvest.id)
     session.commit()
     return RedirectResponse(f"/harvests/{found.harvest.id}", 303)
 
 
 @router.post("/harvests/{number}/remove", dependencies=[EDITOR])
-def remove(request: Request, number: str, session: Db, settings: Config) -> Response:
+def remove(request: Request, number: str, who: Who, session: Db, settings: Config) -> Response:
+    found = harvests.harvest_of(session, parse_index(number)).source
+    visibility.check_may_change(who, found.owner, visibility.path(found)[1:])
     try:
         source = harvests.remove_harvest(session, settings, parse_index(number))
         path = f"/{source.model_id}/{source.name}"

@@ -13,17 +13,19 @@ from fastapi import APIRouter, Form, Request
 from sqlalchemy.orm import Session
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from app import harvests, jobs
+from app import harvests, jobs, visibility
 from app.catalog import parse_index
 from app.errors import BadInput
 from app.harvests import Gathered
 from app.jobs import MAX_PRIORITY
+from app.people import Role
 from app.settings import Settings
 from app.tables import Job, JobMetric, JobState, now
-from app.web.access import EDITOR, VIEWER
+from app.web.access import EDITOR, GUEST, VIEWER, Who, actor_of
 from app.web.guard import CHART_POLICY
 from app.web.harvests import address
 from app.web.pages import Config, Db, partial, render
+from app.web.sharing import Sharing, sharing_of
 
 router = APIRouter()
 
@@ -109,6 +111,8 @@ class JobPage:
     """The form filled in as this job was asked for; nothing where its kind has none."""
     evidence: tuple[Gathered, ...]
     """What it gathered, or has gathered so far."""
+    sharing: Sharing | None
+    may_change: bool
 
 
 @router.get("/jobs", dependencies=[VIEWER])
@@ -119,12 +123,12 @@ def jobs_page(request: Request, session: Db, settings: Config) -> Response:
     return render(request, "_jobs.html" if partial(request) else "jobs.html", page)
 
 
-@router.get("/jobs/{job_id}", dependencies=[VIEWER])
+@router.get("/jobs/{job_id}", dependencies=[GUEST])
 def job_page(request: Request, job_id: str, session: Db, settings: Config) -> Response:
     return _show(request, session, settings, parse_index(job_id))
 
 
-@router.get("/jobs/{job_id}/log.txt", dependencies=[VIEWER])
+@router.get("/jobs/{job_id}/log.txt", dependencies=[GUEST])
 def log(job_id: str, session: Db) -> Response:
     """The whole log that is kept, as text."""
     job = jobs.get(session, parse_index(job_id))
@@ -136,12 +140,13 @@ def log(job_id: str, session: Db) -> Response:
 def place(
     request: Request,
     job_id: str,
+    who: Who,
     session: Db,
     settings: Config,
     priority: Annotated[str, Form()] = "",
     next: Annotated[str, Form()] = "",
 ) -> Response:
-    number = parse_index(job_id)
+    number = jobs.to_change(session, who, parse_index(job_id)).id
     if next:
         jobs.run_next(session, number)
     else:
@@ -151,24 +156,24 @@ def place(
 
 
 @router.post("/jobs/{job_id}/cancel", dependencies=[EDITOR])
-def cancel(request: Request, job_id: str, session: Db, settings: Config) -> Response:
-    number = parse_index(job_id)
+def cancel(request: Request, job_id: str, who: Who, session: Db, settings: Config) -> Response:
+    number = jobs.to_change(session, who, parse_index(job_id)).id
     jobs.cancel(session, number)
     session.commit()
     return _after(request, session, settings, number)
 
 
 @router.post("/jobs/{job_id}/pause", dependencies=[EDITOR])
-def pause(request: Request, job_id: str, session: Db, settings: Config) -> Response:
-    number = parse_index(job_id)
+def pause(request: Request, job_id: str, who: Who, session: Db, settings: Config) -> Response:
+    number = jobs.to_change(session, who, parse_index(job_id)).id
     jobs.pause(session, number)
     session.commit()
     return _after(request, session, settings, number)
 
 
 @router.post("/jobs/{job_id}/resume", dependencies=[EDITOR])
-def resume(request: Request, job_id: str, session: Db, settings: Config) -> Response:
-    number = parse_index(job_id)
+def resume(request: Request, job_id: str, who: Who, session: Db, settings: Config) -> Response:
+    number = jobs.to_change(session, who, parse_index(job_id)).id
     jobs.resume(session, number)
     session.commit()
     return _after(request, session, settings, number)
@@ -208,8 +213,15 @@ def _show(request: Request, session: Session, settings: Settings, job_id: int) -
         ),
         again=address(job.spec) if job.kind == "harvest" else "",
         evidence=tuple(harvests.gathered(session, job_id=job.id)) if job.kind == "harvest" else (),
+        sharing=sharing_of(request, "job", job),
+        may_change=_may_change(request, job),
     )
     return render(request, "_job.html" if partial(request) else "job.html", page, headers=dict(_HEADERS))
+
+
+def _may_change(request: Request, job: Job) -> bool:
+    who = actor_of(request)
+    return visibility.may_change(who, job.owner) and who is not None and who.role != Role.VIEWER
 
 
 def _after(request: Request, session: Session, settings: Settings, job_id: int) -> Response:

@@ -16,7 +16,7 @@ from app.maps import Cluster, Line, Map
 from app.present import Window
 from app.saecharts import Thumbnail
 from app.tables import Job
-from app.web.access import EDITOR, VIEWER
+from app.web.access import EDITOR, GUEST
 from app.web.pages import Config, Db, query, render
 from app.web.search import top_window
 
@@ -78,7 +78,7 @@ class Point:
     example: Window | None
 
 
-@router.get("/{model}/{source}/map", dependencies=[VIEWER])
+@router.get("/{model}/{source}/map", dependencies=[GUEST])
 def map_page(
     request: Request,
     model: str,
@@ -123,7 +123,7 @@ def draw(model: str, source: str, session: Db, settings: Config) -> Response:
     return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
-@router.get("/{model}/{source}/map/points", dependencies=[VIEWER])
+@router.get("/{model}/{source}/map/points", dependencies=[GUEST])
 def points(model: str, source: str, session: Db, v: str = "") -> Response:
     """All points, little-endian: u32 n, then u16 x [n], y [n] over -1..1, cluster [n], then u8 density [n].
 
@@ -150,7 +150,7 @@ def points(model: str, source: str, session: Db, v: str = "") -> Response:
     return Response(body, media_type="application/octet-stream", headers={"cache-control": kept})
 
 
-@router.get("/{model}/{source}/map/found", dependencies=[VIEWER])
+@router.get("/{model}/{source}/map/found", dependencies=[GUEST])
 def found_points(
     request: Request, model: str, source: str, session: Db, q: Annotated[str, Query(max_length=200)] = ""
 ) -> Response:
@@ -161,7 +161,7 @@ def found_points(
     return JSONResponse(search.indices(session, labels.current(session), q, scope, limit=MAX_FOUND))
 
 
-@router.get("/{model}/{source}/map/{index}", dependencies=[VIEWER])
+@router.get("/{model}/{source}/map/{index}", dependencies=[GUEST])
 def point(request: Request, model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """What a point says: label, cluster, top example."""
     record = catalog.feature_record(session, model, source, catalog.parse_index(index))

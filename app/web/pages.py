@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from app import present
+from app import present, visibility
 from app.gpu import Worker
 from app.people import Actor
 from app.settings import Settings
@@ -36,11 +36,19 @@ _TICKED = re.compile(r"`([^`]+)`")
 
 async def _session(request: Request) -> AsyncIterator[Session]:
     # None of these dependencies is a plain function: FastAPI would run each in a thread, for every request.
-    session: Session = request.app.state.sessions()
-    try:
+    with own_session(request) as session:
         yield session
-    finally:
-        session.close()
+
+
+def own_session(request: Request) -> Session:
+    """Return a new session that reads as whoever asks, for what goes on after the request's own is closed."""
+    session: Session = request.app.state.sessions()
+    if not request.app.state.settings.team:
+        return session
+    actor: Actor | None = getattr(request.state, "actor", None)
+    visibility.make_for(session, actor.name if actor is not None else "")
+    links: frozenset[str] = getattr(request.state, "links", frozenset())
+    return visibility.read_as(session, visibility.reader_of(actor, links))
 
 
 async def _settings(request: Request) -> Settings:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from app import catalog, present
 from app.present import Window
-from app.web.access import VIEWER
+from app.web.access import GUEST
 from app.web.feature import Choices, FeaturePage, load
 from app.web.pages import Config, Db
 
@@ -33,7 +33,7 @@ _Run = tuple[str, int]
 """A word, with the spaces in front of it, and its shade."""
 
 
-@router.get("/{model}/{source}/{index}/preview.png", dependencies=[VIEWER])
+@router.get("/{model}/{source}/{index}/preview.png", dependencies=[GUEST])
 def preview(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     page = load(session, settings, model, source, catalog.parse_index(index), Choices())
     return Response(draw(page), media_type="image/png", headers={"cache-control": "public, max-age=3600"})

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, field_validator
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations
+from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations, visibility
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
 from app.harvests import Gathered
 from app.maps import Map
@@ -22,8 +22,9 @@ from app.protocol import ModelCard
 from app.saecharts import Figure, Thumbnail
 from app.tables import Job
 from app.validations import Validation
-from app.web.access import EDITOR, VIEWER
-from app.web.pages import Config, Db, Gpu, partial, query, read, render
+from app.web.access import EDITOR, GUEST, VIEWER, Who, actor_of
+from app.web.pages import Config, Db, Gpu, own_session, partial, query, read, render
+from app.web.sharing import Sharing, sharing
 
 router = APIRouter()
 
@@ -183,8 +184,10 @@ class SourcePage:
     """The check that waits or runs."""
     harvests: tuple[Gathered, ...]
     """All evidence it has, newest first."""
+    sharing: Sharing | None
     shared: tuple[str, ...]
     """Other sources with the same weights, which stay when this one is removed."""
+    may_change: bool = True
 
 
 class FilterQuery(BaseModel):
@@ -223,13 +226,13 @@ class FilterQuery(BaseModel):
         return tuple(name for name in COLUMNS if name in self.columns) or COLUMNS
 
 
-@router.get("/{model}/{source}/random", dependencies=[VIEWER])
+@router.get("/{model}/{source}/random", dependencies=[GUEST])
 def random_in_source(model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]) -> Response:
     found = catalog.source_card(session, model, source)
     return RedirectResponse(f"{found.path}/{catalog.random_feature(session, found, wanted.filter())}", 302)
 
 
-@router.get("/{model}/{source}/features.{kind}", dependencies=[VIEWER])
+@router.get("/{model}/{source}/features.{kind}", dependencies=[GUEST])
 def export(
     request: Request,
     model: str,
@@ -242,11 +245,10 @@ def export(
     found = catalog.source_card(session, model, source)
     # Before the first byte is sent, while a refusal can still be one.
     catalog.count(session, found, wanted.filter())
-    sessions = request.app.state.sessions
 
     def rows() -> Iterator[FeatureRow]:
         # A session of its own: the request's may be closed before the last row is sent.
-        with sessions() as own:
+        with own_session(request) as own:
             yield from catalog.every_row(own, found, wanted.filter())
 
     write = tablefiles.csv_lines if kind == "csv" else tablefiles.json_lines
@@ -263,9 +265,10 @@ async def memory(request: Request, model: str, source: str, session: Db, setting
 
 
 @router.post("/{model}/{source}/remove", dependencies=[EDITOR])
-def remove(model: str, source: str, session: Db, settings: Config) -> Response:
+def remove(model: str, source: str, who: Who, session: Db, settings: Config) -> Response:
     """Delete an SAE; its weights too, where no other source uses them."""
     found = catalog.source_card(session, model, source)
+    visibility.check_may_change(who, found.owner, f"{found.model_id}/{found.name}")
     harvests.remove_source(session, settings, found.model_id, found.name)
     session.commit()
     return RedirectResponse(f"/{found.model_id}", 303)
@@ -299,7 +302,7 @@ def model_page(
     return render(request, "model.html", ModelPage(entry, facts, grid(entry.sources), only))
 
 
-@router.get("/{model}/{source}", dependencies=[VIEWER])
+@router.get("/{model}/{source}", dependencies=[GUEST])
 def source_page(
     request: Request, model: str, source: str, session: Db, wanted: Annotated[FilterQuery, Query()]
 ) -> Response:
@@ -329,6 +332,8 @@ def source_page(
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
         harvests=tuple(harvests.gathered(session, source_id=found.id)),
+        sharing=sharing(request, "sae", found.id, found.owner, found.visibility, found.link),
+        may_change=visibility.may_change(actor_of(request), found.owner),
         shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
     )
     return render(request, "source.html", page)

@@ -25,8 +25,9 @@ from app.errors import BadInput, NotFound
 from app.protocol import Operation, Positions, SteerMethod
 from app.steering import Completion, Control
 from app.sweeps import Point, Suggestion
-from app.web.access import VIEWER
+from app.web.access import GUEST, VIEWER
 from app.web.pages import Config, Db, Gpu, query, read, render
+from app.web.sharing import Sharing, sharing_of
 
 router = APIRouter()
 
@@ -103,6 +104,7 @@ class SteerPage:
     run_id: str = ""
     warnings: tuple[str, ...] = ()
     problem: str = ""
+    sharing: Sharing | None = None
     operations: tuple[tuple[str, str], ...] = tuple((o.value, words) for o, words in OPERATIONS.items())
     places: tuple[tuple[str, str], ...] = tuple((p.value, words) for p, words in POSITIONS.items())
 
@@ -391,7 +393,7 @@ def sweep_page(request: Request, model: str, job_id: str, session: Db) -> Respon
     return render(request, "sweep.html", page)
 
 
-@router.get("/{model}/steer/{run_id}", dependencies=[VIEWER])
+@router.get("/{model}/steer/{run_id}", dependencies=[GUEST])
 def replay(request: Request, model: str, run_id: str, session: Db, settings: Config) -> Response:
     """Show a saved run as it was; nothing is generated again."""
     entry = catalog.model_entry(session, model)
@@ -407,6 +409,7 @@ def replay(request: Request, model: str, run_id: str, session: Db, settings: Con
         run=run.result,
         run_id=run.id,
         warnings=tuple(_changed(session, entry, asked)),
+        sharing=sharing_of(request, "run", run),
     )
     return render(request, "steer.html", page)
 
@@ -429,7 +432,11 @@ def _recorded(session: Session, entry: ModelEntry, f: dict[str, Any]) -> Steered
     positions = Positions(f.get("positions") or Positions.ALL)
     at = ", ".join(map(str, f.get("at") or []))
     source = str(f.get("layer") or f.get("source") or "")
-    return _steered(session, entry, source, str(f["index"]), float(f["strength"]), operation, positions, at)
+    how = (float(f["strength"]), operation, positions, at)
+    try:
+        return _steered(session, entry, source, str(f["index"]), *how)
+    except NotFound:  # its SAE is gone, or is not shown to whoever looks; the run is still worth reading
+        return Steered(source, FeatureRow(int(f["index"]), "", 0.0, 0.0, "", ""), *how)
 
 
 def _named(session: Session, entry: ModelEntry, text: str) -> Steered:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app import exchange, uploads
+from app import exchange, uploads, visibility
 from app.errors import AtlasError
 from app.specs import ImportSpec
 from workers.trainer.kinds import JobContext, JobKind
@@ -28,6 +28,7 @@ class ImportEvidence(JobKind):
         spec = ImportSpec(**context.spec)
         try:
             with context.sessions.begin() as session:
+                visibility.make_for_job(session, context.job_id)
                 found = exchange.import_(
                     session, context.settings, Path(spec.path), context.report, spec.model, spec.set_name
                 )

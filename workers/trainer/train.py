@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from sqlalchemy.orm import Session
 
-from app import corpora, curves, harvests, jobs, trainplan, weights
+from app import corpora, curves, harvests, jobs, trainplan, visibility, weights
 from app.errors import TooLarge
 from app.specs import HarvestSpec
 from app.tables import Source
@@ -443,6 +443,7 @@ def _metadata(run: Run, sae: SaeSpec) -> dict[str, Any]:
 def _catalogue(session: Session, run: Run, sae: SaeSpec, metrics: dict[str, Any]) -> Source:
     spec = run.spec.model_copy(update={"saes": (sae,)})
     spent = run.spent
+    visibility.make_for_job(session, run.context.job_id)
     origin = {
         "kind": "trained",
         "job": run.context.job_id,
