@@ -62,6 +62,9 @@ from app.web import (
 from app.web import (
     explanations as explanation_pages,
 )
+from app.web import (
+    train as train_pages,
+)
 from app.web.access import Rates
 from app.web.audit import Audit
 from app.web.guard import Guard, LargerBodies
@@ -155,6 +158,7 @@ def create_app(settings: Settings) -> FastAPI:
         palette,
         upload,
         vectors,
+        train_pages,
         loading,
         steering,
         prompt,

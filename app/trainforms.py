@@ -147,6 +147,12 @@ def _text(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
+def usual(name: str) -> str:
+    """Return what a field is where its box is empty and that depends on the architecture; else nothing."""
+    found = [a.defaults[name] for a in Architecture if a.defaults.get(name) is not None]
+    return " or ".join(dict.fromkeys(_text(value) for value in found))
+
+
 # The short form ----------------------------------------------------------------------------------------------------
 
 

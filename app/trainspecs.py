@@ -50,6 +50,11 @@ class Architecture(StrEnum):
         return tuple(_DEFAULTS[self])
 
     @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What those fields are where nothing is said; None where that depends on others."""
+        return _DEFAULTS[self]
+
+    @property
     def is_transcoder(self) -> bool:
         return self in (Architecture.TRANSCODER, Architecture.SKIP_TRANSCODER)
 

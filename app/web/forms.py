@@ -32,6 +32,8 @@ class Field:
     step: str = "any"
     length: str = ""
     required: bool = False
+    hint: str = ""
+    """What an empty box stands for, shown in it."""
     options: tuple[tuple[str, str], ...] = ()
     """(value, words) of a choice."""
 

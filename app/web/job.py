@@ -211,7 +211,7 @@ def _show(request: Request, session: Session, settings: Settings, job_id: int) -
             (_CURVES.get(k, k.replace("_", " ")), f"{v:.4g}" if isinstance(v, float) else str(v))
             for k, v in last.items()
         ),
-        again=address(job.spec) if job.kind == "harvest" else "",
+        again=_again(job),
         evidence=tuple(harvests.gathered(session, job_id=job.id)) if job.kind == "harvest" else (),
         sharing=sharing_of(request, "job", job),
         may_change=_may_change(request, job),
@@ -222,6 +222,12 @@ def _show(request: Request, session: Session, settings: Settings, job_id: int) -
 def _may_change(request: Request, job: Job) -> bool:
     who = actor_of(request)
     return visibility.may_change(who, job.owner) and who is not None and who.role != Role.VIEWER
+
+
+def _again(job: Job) -> str:
+    if job.kind == "harvest":
+        return address(job.spec)
+    return f"/train?clone={job.id}" if job.kind == "train" else ""
 
 
 def _after(request: Request, session: Session, settings: Settings, job_id: int) -> Response:

@@ -29,6 +29,7 @@ _PAGES = (
     ("/harvests", "Harvests"),
     ("/import", "Import evidence"),
     ("/upload", "Add an SAE"),
+    ("/train", "Train an SAE"),
     ("/docs", "JSON API"),
 )
 

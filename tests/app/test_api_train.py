@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a huge grid": (
         {"k": list(range(1, 20)), "seed": list(range(99))},
         "",
-        "this makes 1,881 SAEs; a job trains at most 64",
+        "This makes 1,881 SAEs; a job trains at most 64",
     ),
     "a grid of a billion": ({n: list(range(1000)) for n in ("k", "seed", "lr")}, "", "1,000,000,000 SAEs"),
     "an empty grid": ({"k": []}, "k", "a list"),

@@ -115,6 +115,7 @@ def test_what_changes_something_is_not_open_to_viewers_unless_listed_here() -> N
         "/steer/stream",
         "/tokenize",
         "/train/estimate",
+        "/train/yaml",
         "/vector/get",
         "/vector/list-owned",
         "/{model}/loading",

@@ -76,6 +76,7 @@ def pages(demo: Demo) -> dict[str, str]:
         "search": "/search?q=fires",
         "jobs": "/jobs",
         "admin": "/admin",
+        "train": f"/train?model={demo.model}&corpus=demo",
         "harvest-form": f"{model}/harvest?sources={demo.source}&corpus=demo",
         "harvests": "/harvests",
         "harvest": "/harvests/1",
