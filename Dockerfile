@@ -17,7 +17,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
 VOLUME /data
 
 FROM base AS web
-RUN pip install --no-cache-dir --editable .
+RUN pip install --no-cache-dir --editable .[oidc]
 USER 10001:10001
 EXPOSE 3000
 CMD ["python", "-m", "app"]

@@ -26,8 +26,8 @@ def main() -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=3,
-        proxy_headers=settings.team,
-        forwarded_allow_ips=settings.trusted_proxies,
+        # app.web.proxy reads them, and keeps who really connected.
+        proxy_headers=False,
     )
 
 

@@ -33,6 +33,7 @@ from app import (
     harvestplan,
     harvests,
     hub,
+    identities,
     jobs,
     localkey,
     log,
@@ -977,6 +978,16 @@ def set_user_password(name: str) -> None:
     with _session(Settings()) as session:
         people.change_password(session, people.named(session, name), _new_password())
         _out.print(f"The password of {name} is changed.")
+
+
+@_groups["user"].command("connect")
+def connect_user(
+    name: str, proxy_name: Annotated[str, typer.Argument(help="What the proxy in front calls the person.")]
+) -> None:
+    """Let a person in whom a trusted proxy names (SAE_ATLAS_PROXY_USER_HEADER), to the account that they have."""
+    with _session(Settings()) as session:
+        identities.connect_proxy(session, people.named(session, name), proxy_name)
+        _out.print(f"{escape(proxy_name)} is {name} now.")
 
 
 @_groups["user"].command("disable")

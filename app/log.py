@@ -42,8 +42,11 @@ def configure(settings: Settings, process: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level)
-    for noisy in ("httpx", "alembic", "aiohttp.access", "uvicorn.access", "filelock"):
+    for noisy in ("alembic", "aiohttp.access", "uvicorn.access", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for telling in ("authlib", "httpx", "httpx2", "httpcore", "httpcore2"):
+        # They write down what they send and are sent: codes, verifiers, addresses with secrets in them.
+        logging.getLogger(telling).setLevel(logging.WARNING)
     structlog.contextvars.bind_contextvars(process=process)
 
 

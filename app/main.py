@@ -48,6 +48,7 @@ from app.web import (
     lists,
     loading,
     map,
+    oidc,
     palette,
     people,
     preview,
@@ -72,6 +73,7 @@ from app.web.measures import Measured, Measures
 from app.web.multipart import SLACK_BYTES
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
+from app.web.proxy import Proxied
 
 MAX_BODY_BYTES = 2**25
 
@@ -122,6 +124,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.add_middleware(Measured, measures=app.state.measures)
+    if settings.team:
+        app.add_middleware(Proxied, trusted=settings.trusted_proxies)
     app.mount("/static", VersionedStatic(version), name="static")
     for api in (
         features,
@@ -142,6 +146,7 @@ def create_app(settings: Settings) -> FastAPI:
     for pages in (
         home,
         account,
+        oidc,
         admin,
         people,
         audit,

@@ -22,6 +22,7 @@ LOGIN_DAYS = 30
 INVITATION_DAYS = 7
 MAX_TOKENS = 50
 KEY_PREFIX = "atlas_"
+_NO_PASSWORD = "none"  # noqa: S105 - is no argon2 hash, so nothing fits it
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SEEN_EVERY = timedelta(minutes=5)
 _WINDOW = timedelta(minutes=15)
@@ -50,7 +51,9 @@ class Actor:
     id: int | None = None
     """None for the one person of a server on loopback, who needs no account."""
     login_id: int | None = None
-    """The login by which a browser asks; None for tokens."""
+    """The login by which a browser asks; None for tokens and where a proxy says who asks."""
+    by_key: bool = False
+    """A program asks, with an API token."""
 
 
 LOCAL = Actor("you", Role.ADMIN)
@@ -97,6 +100,14 @@ def add(session: Session, name: str, password: str, role: Role) -> Person:
     if session.scalar(select(Person.id).where(Person.name == folded)) is not None:
         raise Conflict(f"The name {folded} is taken; choose another.")
     person = Person(name=folded, password_hash=credentials.hash_password(password), role=role)
+    session.add(person)
+    session.flush()
+    return person
+
+
+def add_without_password(session: Session, name: str, role: Role) -> Person:
+    """Make an account for somebody who signs in elsewhere; no password fits until one is set."""
+    person = Person(name=check_name(name), password_hash=_NO_PASSWORD, role=role)
     session.add(person)
     session.flush()
     return person
@@ -207,10 +218,14 @@ def withdraw(session: Session, invitation_id: int) -> None:
     session.execute(delete(Invitation).where(Invitation.id == invitation_id, Invitation.used_by.is_(None)))
 
 
-def accept(session: Session, secret: str, name: str, password: str) -> Person:
-    """Make the account an invitation is for. It can be used once, also by two at the same moment."""
+def accept(session: Session, secret: str, name: str, password: str | None) -> Person:
+    """Make the account an invitation is for. It can be used once, also by two at the same moment.
+
+    The password is None for somebody who signs in elsewhere.
+    """
     found = invitation(session, secret)
-    person = add(session, name, password, Role(found.role))
+    role = Role(found.role)
+    person = add_without_password(session, name, role) if password is None else add(session, name, password, role)
     mine = update(Invitation).where(Invitation.id == found.id, Invitation.used_by.is_(None))
     if getattr(session.execute(mine.values(used_by=person.id)), "rowcount", 0) != 1:
         raise Conflict("Somebody has just used this invitation.")
@@ -353,4 +368,4 @@ def of_token(session: Session, secret: str) -> Actor | None:
     if token.used_at is None or token.used_at < now() - _SEEN_EVERY:
         token.used_at = now()
     role, most = Role(person.role), Role(token.role)
-    return Actor(person.name, most if role.covers(most) else role, person.id)
+    return Actor(person.name, most if role.covers(most) else role, person.id, by_key=True)

@@ -42,6 +42,20 @@ class Settings(BaseSettings):
         default="127.0.0.1",
         description="Addresses or networks whose X-Forwarded-* headers are believed, with commas.",
     )
+    proxy_user_header: str = Field(
+        default="",
+        description="Header by which a trusted proxy says who has signed in there, such as x-forwarded-user.",
+    )
+    oidc_issuer: str = Field(
+        default="", description="Address of an OpenID Connect provider at which people may sign in."
+    )
+    oidc_client_id: str = Field(default="", description="What that provider calls this server.")
+    oidc_client_secret: str = Field(default="", repr=False, description="The secret that it gave this server.")
+    oidc_name: str = Field(default="your organisation", description="What that provider is called on pages.")
+    oidc_domains: str = Field(
+        default="",
+        description="Domains of e-mail addresses that come in as viewers without an invitation, with commas.",
+    )
     requests_per_minute: int = Field(
         default=1200, ge=1, description="Requests a minute of one person, or of one address without one, in team mode."
     )

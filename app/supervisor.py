@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -312,6 +313,29 @@ def _check_team(settings: Settings) -> None:
             f"{settings.public_url[:200]} would send passwords in the clear. Put a proxy with TLS in front "
             "(docker-compose.yml has one) and give its https address."
         )
+    _check_sign_in(settings)
+
+
+def _check_sign_in(settings: Settings) -> None:
+    """Raise BadInput for a provider or a proxy header that would not work, or would let anybody in."""
+    issuer = urlsplit(settings.oidc_issuer)
+    if settings.oidc_issuer:
+        if issuer.scheme != "https" and not (issuer.scheme == "http" and _is_loopback(issuer.hostname or "")):
+            raise BadInput(f"SAE_ATLAS_OIDC_ISSUER is an https address; it is {settings.oidc_issuer[:200]!r}.")
+        if not settings.oidc_client_id:
+            raise BadInput("SAE_ATLAS_OIDC_ISSUER needs SAE_ATLAS_OIDC_CLIENT_ID, what the provider calls this server.")
+        if find_spec("authlib") is None or find_spec("httpx2") is None:
+            raise BadInput("Signing in at a provider needs Authlib. Run: pip install 'sae-atlas[oidc]'")
+    if settings.proxy_user_header:
+        parts = [part.strip() for part in settings.trusted_proxies.split(",")]
+        for part in parts:
+            try:
+                ipaddress.ip_network(part, strict=False)
+            except ValueError:
+                raise BadInput(
+                    "SAE_ATLAS_PROXY_USER_HEADER lets in whom a trusted proxy names, so SAE_ATLAS_TRUSTED_PROXIES must "
+                    f"be addresses or networks; one is {part[:80]!r}."
+                ) from None
 
 
 def _is_private(host: str) -> bool:

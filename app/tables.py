@@ -454,6 +454,36 @@ class Person(Table):
     """Since when the account signs nobody in; what it owns stays."""
 
 
+class Identity(Table):
+    """Who a person is at an OpenID Connect provider, or to a proxy that signs people in."""
+
+    __tablename__ = "identities"
+    __table_args__ = (Index("uq_identities_issuer_subject", "issuer", "subject", unique=True),)
+
+    id: Mapped[Key]
+    person_id: Mapped[int] = mapped_column(ForeignKey("people.id"), index=True)
+    issuer: Mapped[Slug]
+    """The provider's address, or identities.PROXY."""
+    subject: Mapped[Slug]
+    """The provider's own name for the person, which never changes."""
+    email: Mapped[str] = mapped_column(String(320), default="")
+    created_at: Mapped[Moment]
+
+
+class SignIn(Table):
+    """A sign-in that has gone to a provider and may come back, to whichever web process."""
+
+    __tablename__ = "sign_ins"
+
+    state_hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    browser_hash: Mapped[Hash]
+    data: Mapped[Payload]
+    next: Mapped[LongText]
+    invitation: Mapped[Slug] = mapped_column(default="")
+    person_id: Mapped[int | None] = mapped_column(ForeignKey("people.id"))
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class Invitation(Table):
     """A link by which one person makes an account. Its secret is shown once; here lies the sha256."""
 

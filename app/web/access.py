@@ -21,10 +21,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from app import localkey, peers, people
+from app import identities, localkey, peers, people
 from app.errors import Busy, Forbidden, Unauthorized
 from app.people import LOCAL, Actor, Role
 from app.settings import Settings
+from app.web import proxy
 
 _COOKIE = "atlas_login"
 
@@ -164,11 +165,28 @@ def _actor(request: Request) -> Actor | None:
         if actor is None:
             raise Unauthorized("This API key is unknown, expired or revoked. Make one under /account.")
         return actor
+    if said := _proxy_says(request):
+        with sessions.begin() as session:
+            return identities.by_proxy(session, said)
     secret = request.cookies.get(cookie_name(request.app.state.settings), "")
     if not secret:
         return None
     with sessions.begin() as session:
         return people.of_login(session, secret)
+
+
+def _proxy_says(request: Request) -> str:
+    """Return who has signed in at a trusted proxy. What anybody else sends in that header counts for nothing."""
+    settings = cast(Settings, request.app.state.settings)
+    if not settings.proxy_user_header:
+        return ""
+    said = request.headers.getlist(settings.proxy_user_header)
+    if not said or not proxy.trusted(getattr(request.state, proxy.PEER, ""), settings.trusted_proxies):
+        return ""
+    if len(said) > 1:
+        # A proxy that adds its header behind one of the browser's would let anybody choose.
+        raise Unauthorized(f"The header {settings.proxy_user_header} came twice; the proxy must replace it.")
+    return said[0].strip()
 
 
 def _key(request: Request) -> str:

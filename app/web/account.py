@@ -9,9 +9,10 @@ from fastapi import APIRouter, Form, Request
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import localkey, people
+from app import identities, localkey, people
 from app.errors import AtlasError, Forbidden, NotFound, Unauthorized
 from app.people import Actor, Role
+from app.settings import Settings
 from app.tables import now
 from app.web.access import ANYONE, VIEWER, Who, actor_of, address_of, forget, local_path, open_here, remember
 from app.web.pages import Config, Db, render
@@ -26,6 +27,8 @@ _ALONE = "This server is for one person on this machine; it has no accounts. Tea
 @dataclass(frozen=True)
 class LoginPage:
     next: str
+    provider: str = ""
+    """What the provider is called at which people may sign in; empty without one."""
     name: str = ""
     problem: Problem | None = None
 
@@ -34,6 +37,7 @@ class LoginPage:
 class InvitePage:
     secret: str
     role: str
+    provider: str = ""
     name: str = ""
     problem: Problem | None = None
 
@@ -66,6 +70,9 @@ class AccountPage:
     roles: tuple[str, ...]
     logins: tuple[LoginRow, ...]
     tokens: tuple[TokenRow, ...]
+    provider: str = ""
+    connected: tuple[str, ...] = ()
+    """Who the person is there, and to proxies."""
     made: str = ""
     """A token just made: shown this once."""
     said: str = ""
@@ -94,7 +101,7 @@ def open_link(request: Request, settings: Config, link: str = "") -> Response:
 def login_page(request: Request, settings: Config, next: str = "/") -> Response:
     if actor_of(request) is not None or not settings.team:
         return RedirectResponse(local_path(next), 303)
-    return render(request, "login.html", LoginPage(local_path(next)))
+    return render(request, "login.html", LoginPage(local_path(next), _provider(settings)))
 
 
 @router.post("/login", dependencies=[ANYONE])
@@ -107,7 +114,7 @@ def login(
         secret = people.sign_in(session, person, request.headers.get("user-agent", ""), address_of(request))
     except AtlasError as error:
         session.commit()
-        page = LoginPage(local_path(next), name[:64], of(error))
+        page = LoginPage(local_path(next), _provider(settings), name[:64], of(error))
         headers = {"retry-after": str(error.retry_after)} if error.retry_after else None
         return render(request, "login.html", page, status=error.status, headers=headers)
     session.commit()
@@ -127,9 +134,10 @@ def logout(who: Who, session: Db, settings: Config) -> Response:
 
 
 @router.get("/invite/{secret}", dependencies=[ANYONE])
-def invite_page(request: Request, secret: str, session: Db) -> Response:
+def invite_page(request: Request, secret: str, session: Db, settings: Config) -> Response:
     found = people.invitation(session, secret)
-    return render(request, "invite.html", InvitePage(secret, found.role), headers={"referrer-policy": "no-referrer"})
+    page = InvitePage(secret, found.role, _provider(settings))
+    return render(request, "invite.html", page, headers={"referrer-policy": "no-referrer"})
 
 
 @router.post("/invite/{secret}", dependencies=[ANYONE])
@@ -144,7 +152,7 @@ def accept(
         login_secret = people.sign_in(session, person, request.headers.get("user-agent", ""), address_of(request))
     except AtlasError as error:
         session.rollback()
-        page = InvitePage(secret, found.role, name[:64], of(error))
+        page = InvitePage(secret, found.role, _provider(settings), name[:64], of(error))
         return render(request, "invite.html", page, status=error.status, headers={"referrer-policy": "no-referrer"})
     session.commit()
     response = RedirectResponse("/", 303)
@@ -203,9 +211,13 @@ def _browser_of(who: Actor) -> int:
     """Return who is signed in by a browser: a token must not make tokens or change passwords."""
     if who.id is None:
         raise NotFound(_ALONE)
-    if who.login_id is None:
+    if who.by_key:
         raise Forbidden("An API key cannot change the account; sign in with a browser.")
     return who.id
+
+
+def _provider(settings: Settings) -> str:
+    return settings.oidc_name if settings.oidc_issuer else ""
 
 
 def _only_in_a_team(team: bool) -> None:
@@ -241,6 +253,8 @@ def _account(
             )
             for t in people.tokens(session, person_id)
         ),
+        provider=_provider(request.app.state.settings),
+        connected=tuple(i.email or i.subject for i in identities.of_person(session, person_id)),
         made=made,
         said=said,
         problem=problem,

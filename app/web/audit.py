@@ -55,7 +55,7 @@ def _write(scope: Scope, actor: Actor, template: str) -> None:
     path = without_secrets(str(scope["path"]))
     address = str((scope.get("client") or ("",))[0])
     with scope["app"].state.sessions.begin() as session:
-        audit.record(session, actor.name, actor.login_id is None, f"{scope['method']} {template}", path, address)
+        audit.record(session, actor.name, actor.by_key, f"{scope['method']} {template}", path, address)
 
 
 @dataclass(frozen=True)

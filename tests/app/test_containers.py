@@ -87,7 +87,7 @@ def test_settings_images_and_commands_are_real(name: str) -> None:
 
 def test_the_web_image_has_no_torch_and_nothing_runs_as_root() -> None:
     assert STAGES["web"][0] == STAGES["worker"][0] == "base"
-    assert any(line.strip() == "RUN pip install --no-cache-dir --editable ." for line in STAGES["web"])
+    assert any(line.strip() == "RUN pip install --no-cache-dir --editable .[oidc]" for line in STAGES["web"])
     for stage in ("web", "worker"):
         users = [line.split()[1] for line in STAGES[stage] if line.startswith("USER")]
         assert users == ["10001:10001"]
