@@ -420,6 +420,13 @@ def source_card(session: Session, model_id: str, name: str) -> SourceCard:
     raise _unknown_source(session, model_id, name)
 
 
+def trained_by(session: Session, job_id: int, model_id: str, names: Collection[str]) -> tuple[SourceCard, ...]:
+    """Return those of a model's sources that a training job put there, in the order of the names."""
+    found = session.scalars(select(Source).where(Source.model_id == model_id, Source.name.in_(names)))
+    cards = {source.name: _source(source) for source in found if source.origin.get("job") == job_id}
+    return tuple(cards[name] for name in names if name in cards)
+
+
 def harvests_of(session: Session, source: SourceCard) -> tuple[HarvestCard, ...]:
     """Return all evidence there is of a source, one card a corpus; the one shown by default first."""
     found = session.execute(

@@ -106,6 +106,27 @@ def metrics(session: Session, job_id: int) -> list[JobMetric]:
     return list(session.scalars(select(JobMetric).where(JobMetric.job_id == job_id).order_by(JobMetric.step)))
 
 
+def points(session: Session, job_id: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (step, values) of a job's curves in the order of the steps, read as they are taken."""
+    wanted = select(JobMetric.step, JobMetric.values).where(JobMetric.job_id == job_id).order_by(JobMetric.step)
+    yield from session.execute(wanted.execution_options(yield_per=1_000))
+
+
+def metric_names(session: Session, job_id: int) -> list[str]:
+    """Return the names of all values in a job's curves, in the order in which they first come up."""
+    return list(dict.fromkeys(name for _, values in points(session, job_id) for name in values))
+
+
+def harvest_after(session: Session, job: Job, sources: Sequence[str]) -> Job | None:
+    """Return the harvest of these SAEs that a training queued."""
+    later = select(Job).where(Job.kind == "harvest", Job.id > job.id).order_by(Job.id).limit(100)
+    for harvest in session.scalars(later):
+        same = harvest.spec.get("model") == job.spec.get("model")
+        if same and set(sources) <= set(harvest.spec.get("sources") or ()):
+            return harvest
+    return None
+
+
 def cancel(session: Session, job_id: int) -> Job:
     """Cancel a job: at once when queued, at its next report when it runs. An ended job stays as it is."""
     waiting = update(Job).where(Job.id == job_id, Job.state == JobState.QUEUED)
@@ -250,6 +271,11 @@ def lines(session: Session, job_id: int, after: int = 0, limit: int = LINES_KEPT
     """Return the newest lines of a job's log that come after the one of that id, oldest first."""
     wanted = select(JobLine).where(JobLine.job_id == job_id, JobLine.id > after)
     return list(session.scalars(wanted.order_by(JobLine.id.desc()).limit(limit)))[::-1]
+
+
+def last_line(session: Session, job_id: int) -> int:
+    """Return the id of the newest line of a job's log, 0 where there is none."""
+    return session.scalar(select(func.max(JobLine.id)).where(JobLine.job_id == job_id)) or 0
 
 
 def trainers(session: Session, settings: Settings) -> list[Beat]:

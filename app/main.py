@@ -30,6 +30,7 @@ from app.api import (
 from app.gpu import Worker
 from app.labelindex import LabelIndex
 from app.operations import Sizes
+from app.readings import Reader
 from app.settings import Settings
 from app.web import (
     account,
@@ -46,6 +47,7 @@ from app.web import (
     home,
     job,
     lists,
+    live,
     loading,
     map,
     oidc,
@@ -106,6 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.pages = Pages(version)
     app.state.measures = Measures()
+    app.state.readings = Reader()
     app.state.sizes = Sizes(settings)
     app.state.rates = Rates(settings.requests_per_minute)
     register(app)
@@ -157,6 +160,7 @@ def create_app(settings: Settings) -> FastAPI:
         exchange,
         docs,
         job,
+        live,
         lists,
         search,
         sharing,

@@ -86,6 +86,7 @@ document.addEventListener("keydown", (event) => {
 const parts = {
   "[data-steer], [data-sweep-plot]": "./steer.js",
   "[data-figure]": "./figures.js",
+  "[data-live]": "./live.js",
   "[data-map]": "./map.js",
   "[data-lab]": "./prompt.js",
   "[data-upload]": "./upload.js",

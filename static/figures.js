@@ -1,17 +1,15 @@
-// Curves by plotly, loaded when a page holds one.
+// Heat maps by plotly, loaded when a page holds one.
 
-// The basic bundle draws no heat maps; the larger one is loaded only by pages that hold one.
-const bundles = { lines: "plotly-basic-4.1.1.min.js", heatmap: "plotly-cartesian-4.1.1.min.js" };
-const loading = {};
-function plotly(kind) {
-  loading[kind] ??= new Promise((resolve, reject) => {
+let loading;
+function plotly() {
+  loading ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
-    script.src = new URL(`./vendor/${bundles[kind]}`, import.meta.url);
+    script.src = new URL("./vendor/plotly-cartesian-4.1.1.min.js", import.meta.url);
     script.onload = () => resolve(window.Plotly ?? window.moduleName);
     script.onerror = reject;
     document.head.append(script);
   });
-  return loading[kind];
+  return loading;
 }
 
 export async function mount() {
@@ -22,24 +20,7 @@ export async function mount() {
   const colour = (name) => style.getPropertyValue(name).trim();
   for (const box of boxes) {
     const figure = JSON.parse(box.querySelector("script").textContent);
-    if (figure.kind === "heatmap") {
-      await heatMap(await plotly("heatmap"), box, figure, style, colour);
-      continue;
-    }
-    const Plotly = await plotly("lines");
-    const data = figure.data.map((trace) => ({ ...trace, line: { color: `rgb(${colour("--heat")})`, width: 1.5 }, hoverlabel: { namelength: 0 } }));
-    const axis = { gridcolor: colour("--rule"), zeroline: false, linecolor: colour("--rule-strong"), automargin: true };
-    const layout = {
-      margin: { t: 6, r: 8, b: 30, l: 44 },
-      height: 190,
-      font: { family: style.fontFamily, size: 11, color: colour("--muted") },
-      paper_bgcolor: "transparent",
-      plot_bgcolor: "transparent",
-      xaxis: axis,
-      yaxis: axis,
-      showlegend: false,
-    };
-    await Plotly.newPlot(box, data, layout, { displayModeBar: false, responsive: true });
+    await heatMap(await plotly(), box, figure, style, colour);
   }
 }
 

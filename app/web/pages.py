@@ -97,6 +97,9 @@ class Pages:
             "data": data,
         }
 
+    def text(self, name: str, page: Any, actor: Actor | None = None) -> str:
+        return self.env.get_template(name).render(page=page, actor=actor)
+
     def html(
         self,
         name: str,
@@ -106,7 +109,7 @@ class Pages:
         status: int = 200,
         headers: dict[str, str] | None = None,
     ) -> HTMLResponse:
-        text = self.env.get_template(name).render(page=page, actor=actor)
+        text = self.text(name, page, actor)
         # Words that people or models wrote may hold lone surrogates, which UTF-8 cannot.
         return HTMLResponse(text.encode("utf-8", "replace"), status, headers)
 

@@ -270,7 +270,7 @@ def test_waiting_jobs_without_a_trainer_say_so(client: TestClient) -> None:
 def test_a_job_shows_spec_error_and_curves(client: TestClient) -> None:
     number = add_job(client, state="failed", error="Disk full: <1 GB>")
     page = text(client, f"/jobs/{number}")
-    for part in ("&#34;k&#34;: 32", "Disk full: &lt;1 GB&gt;", "data-figure", "Resume"):
+    for part in ("&#34;k&#34;: 32", "Disk full: &lt;1 GB&gt;", '<figure class="plot" id="plot-loss"', "Resume"):
         assert part in page
 
 

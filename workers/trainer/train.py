@@ -148,7 +148,7 @@ class Run:
                 f"A batch is {spec.batch_size:,} tokens, the corpus gives "
                 f"{plan.n_contexts * trainplan.tokens_per_context(spec):,}."
             )
-        _write_json(context.directory / "plan.json", {"cached": plan.cached})
+        _write_json(context.directory / "plan.json", {"cached": plan.cached, "n_steps": plan.n_steps})
         return cls.resume(context)
 
     @classmethod
@@ -266,7 +266,11 @@ class Run:
             if (step + 1) % self.spec.evaluate_every_steps == 0 or last:
                 metrics |= self._look(learners, norms, step + 1)
             if metrics:
-                metrics |= {"tokens": float((step + 1) * self.spec.batch_size), "tokens_per_second": speed}
+                metrics |= {
+                    "tokens": float((step + 1) * self.spec.batch_size),
+                    "tokens_per_second": speed,
+                    "seconds_left": self._left(step + 1, speed),
+                }
                 self.context.metric(step + 1, metrics)
             self._report(step + 1, whole, metrics, speed)
         self.spent.step_seconds += time.monotonic() - began
@@ -274,9 +278,11 @@ class Run:
     def _named(self, sae: SaeSpec, metrics: Mapping[str, float]) -> dict[str, float]:
         return {curves.key(sae.source, name, len(self.spec.saes)): value for name, value in metrics.items()}
 
+    def _left(self, step: int, speed: float) -> float:
+        return (self.plan.n_steps - step) * self.spec.batch_size / speed
+
     def _report(self, step: int, whole: tuple[int, int], metrics: Mapping[str, float], speed: float) -> None:
-        left = (self.plan.n_steps - step) * self.spec.batch_size / speed
-        n = len(self.spec.saes)
+        left, n = self._left(step, speed), len(self.spec.saes)
         first = curves.key(self.spec.saes[0].source, "explained_variance", n)
         said = f"step {step:,} of {self.plan.n_steps:,}"
         if first in metrics:
