@@ -25,6 +25,9 @@ from app.api import (
     vector,
 )
 from app.api import (
+    comments as comments_api,
+)
+from app.api import (
     lists as lists_api,
 )
 from app.gpu import Worker
@@ -36,7 +39,9 @@ from app.web import (
     account,
     admin,
     audit,
+    bookmarks,
     bulk,
+    comments,
     compare,
     corpora,
     docs,
@@ -142,6 +147,7 @@ def create_app(settings: Settings) -> FastAPI:
         queue,
         train,
         lists_api,
+        comments_api,
         unknown,
     ):
         app.include_router(api.router, prefix="/api")
@@ -162,6 +168,8 @@ def create_app(settings: Settings) -> FastAPI:
         job,
         live,
         lists,
+        bookmarks,
+        comments,
         search,
         sharing,
         palette,

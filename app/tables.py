@@ -565,6 +565,7 @@ class ListedFeature(Table):
     """A feature in a list, by its address: it stays when its SAE is removed and comes back with it."""
 
     __tablename__ = "listed_features"
+    __table_args__ = (Index("ix_listed_features_feature", "model_id", "source", "latent"),)
 
     list_id: Mapped[str] = mapped_column(ForeignKey("feature_lists.id"), primary_key=True)
     model_id: Mapped[str] = mapped_column(String(200), primary_key=True)
@@ -572,6 +573,42 @@ class ListedFeature(Table):
     index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
     position: Mapped[int]
     note: Mapped[LongText]
+
+
+class Comment(Table):
+    """What somebody said about a feature or a list, under its address."""
+
+    __tablename__ = "comments"
+
+    id: Mapped[Key]
+    subject: Mapped[str] = mapped_column(String(500), index=True)
+    """`/{model}/{source}/{index}` or `/lists/{id}`."""
+    author: Mapped[Slug]
+    text: Mapped[LongText]
+    created_at: Mapped[Moment]
+
+
+class Mention(Table):
+    """Somebody is named in a comment."""
+
+    __tablename__ = "mentions"
+    __table_args__ = (Index("ix_mentions_who", "who", "comment_id"),)
+
+    comment_id: Mapped[int] = mapped_column(ForeignKey("comments.id"), primary_key=True, autoincrement=False)
+    who: Mapped[str] = mapped_column(String(64), primary_key=True)
+    seen_at: Mapped[LaterMoment]
+
+
+class Bookmark(Table):
+    """A feature somebody wants to find again, by its address."""
+
+    __tablename__ = "bookmarks"
+
+    who: Mapped[str] = mapped_column(String(200), primary_key=True)
+    model_id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    source: Mapped[str] = mapped_column(String(200), primary_key=True)
+    index: Mapped[int] = mapped_column("latent", primary_key=True, autoincrement=False)
+    created_at: Mapped[Moment]
 
 
 class AuditEntry(Table):

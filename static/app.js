@@ -53,6 +53,7 @@ const keys = {
   t: () => $("#try-text, #prompt-text")?.focus(),
   b: () => other("[data-breaks]"),
   s: () => other("[data-scale]"),
+  m: () => follow("[data-bookmark]"),
   d: () => switchTheme(),
   w: () => {
     const widths = [...document.querySelectorAll("[data-width]")];

@@ -6,19 +6,21 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, Field
 from starlette.responses import Response
 
-from app import catalog, evidence, vectors
+from app import bookmarks, catalog, comments, evidence, vectors
 from app.api.inputs import FeatureKey, ModelId, SourceId
 from app.catalog import ExplanationRow, FeatureRecord, FeatureRow, SourceCard
+from app.comments import Said
 from app.corpora import Stream, tokens_dir
 from app.errors import BadFile
 from app.evidence import Example, FeatureEvidence
+from app.people import Actor
 from app.settings import Settings
 from app.tokens import Vocabulary
-from app.web.access import GUEST, VIEWER
+from app.web.access import GUEST, VIEWER, Who, actor_of
 from app.web.pages import Config, Db
 
 router = APIRouter(tags=["features"])
@@ -47,31 +49,33 @@ class Json(Response):
 
 
 @router.get("/feature/{model}/{source}/{index}", dependencies=[GUEST])
-def get_feature(model: str, source: str, index: str, session: Db, settings: Config) -> Response:
+def get_feature(request: Request, model: str, source: str, index: str, session: Db, settings: Config) -> Response:
     """One feature with its vector, evidence and explanations. 404 when it does not exist."""
-    return Json(feature(session, settings, model, source, catalog.parse_index(index)))
+    return Json(feature(session, settings, actor_of(request), model, source, catalog.parse_index(index)))
 
 
 @router.post("/features", dependencies=[VIEWER])
 def get_features(
-    wanted: Annotated[list[WantedFeature], Field(max_length=MAX_FEATURES)], session: Db, settings: Config
+    wanted: Annotated[list[WantedFeature], Field(max_length=MAX_FEATURES)], who: Who, session: Db, settings: Config
 ) -> Response:
     """Several features, in the order asked for."""
     return Json(
         [
-            feature(session, settings, key.modelId, key.source, catalog.parse_index(key.index), key.maxActsToReturn)
+            feature(
+                session, settings, who, key.modelId, key.source, catalog.parse_index(key.index), key.maxActsToReturn
+            )
             for key in wanted
         ]
     )
 
 
 @router.post("/features-offset", dependencies=[VIEWER])
-def get_features_offset(wanted: Offset, session: Db, settings: Config) -> Response:
+def get_features_offset(wanted: Offset, who: Who, session: Db, settings: Config) -> Response:
     """The features from an offset on, 25 at a time."""
     source = catalog.source_card(session, wanted.modelId, wanted.layer)
     last = min(wanted.offset + _OFFSET_PAGE, source.d_sae)
     return Json(
-        [feature(session, settings, wanted.modelId, wanted.layer, index) for index in range(wanted.offset, last)]
+        [feature(session, settings, who, wanted.modelId, wanted.layer, index) for index in range(wanted.offset, last)]
     )
 
 
@@ -100,13 +104,24 @@ def get_model(model: str, session: Db) -> Response:
 
 
 def feature(
-    session: Db, settings: Settings, model: str, source: str, index: int, max_activations: int | None = None
+    session: Db,
+    settings: Settings,
+    who: Actor | None,
+    model: str,
+    source: str,
+    index: int,
+    max_activations: int | None = None,
 ) -> dict[str, Any]:
-    """Return a feature as Neuronpedia writes it, in two queries."""
+    """Return a feature as Neuronpedia writes it, in three queries, in four when people talked about it.
+
+    A stranger who came by a public link is not told what the team says.
+    """
     record = catalog.feature_record(session, model, source, index)
     unpacked = evidence.unpack(record.blob) if record.blob is not None else None
     others = [*unpacked.neighbours.tolist(), *unpacked.correlated.tolist()] if unpacked else []
     explanations, rows = catalog.related(session, record.source, index, others)
+    people = bookmarks.around(session, who, record.card.id, record.source.name, index) if who else bookmarks.NOTHING
+    talk = comments.about(session, who, comments.of_feature(model, source, index)) if people.n_comments else []
     return {
         "modelId": record.card.id,
         "layer": record.source.name,
@@ -127,8 +142,8 @@ def feature(
             "type": record.source.architecture,
             "creatorName": "local",
         },
-        "lists": [],
-        "comments": [],
+        "lists": [{"id": list_id, "name": name} for list_id, name in people.lists],
+        "comments": [comment_json(model, source, index, said) for said in talk],
         "explanations": [explanation_json(record.source, index, e) for e in explanations],
         "activations": activations(settings, record, unpacked, max_activations),
         "label": record.feature.label,
@@ -170,6 +185,19 @@ def explanation_json(source: SourceCard, index: int, row: ExplanationRow) -> dic
         "authorName": row.author,
         "scores": [],
         "triggeredByUser": None,
+    }
+
+
+def comment_json(model: str, source: str, index: int | str, said: Said) -> dict[str, Any]:
+    return {
+        "id": str(said.id),
+        "modelId": model,
+        "layer": source,
+        "index": str(index),
+        "text": said.text,
+        "userId": said.author,
+        "user": {"name": said.author},
+        "createdAt": said.created_at,
     }
 
 

@@ -1,4 +1,4 @@
-"""What people say a feature means: its explanations with votes and history, and the form to say it better."""
+"""What people say a feature means: its explanations with votes and history, the form to say it better, comments."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from fastapi import APIRouter, Form, Request
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, embeddings, explanations
+from app import catalog, comments, embeddings, explanations
 from app.catalog import FeatureRow, SourceCard
 from app.errors import AtlasError, NotFound
 from app.explanations import Entry
 from app.people import Actor
 from app.web.access import EDITOR, VIEWER, Who
+from app.web.comments import Talk, talk
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
 
@@ -30,6 +31,7 @@ class ExplanationsPage:
     before: tuple[Entry, ...]
     text: str = ""
     most: int = explanations.MAX_TEXT
+    talk: Talk | None = None
     problem: Problem | None = None
 
     @property
@@ -102,4 +104,5 @@ def _page(
         raise catalog.past_the_end(card, number)
     feature = catalog.rows(session, card, [number]).get(number, FeatureRow(number, "", 0.0, 0.0, "", ""))
     now, before = explanations.history(session, who, card.id, number)
-    return ExplanationsPage(card, feature, tuple(now), tuple(before), text, problem=problem)
+    said = talk(session, who, comments.of_feature(card.model_id, card.name, number))
+    return ExplanationsPage(card, feature, tuple(now), tuple(before), text, talk=said, problem=problem)

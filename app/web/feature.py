@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from app import catalog, evidence, present
+from app import bookmarks, catalog, evidence, present
 from app.api.inputs import check_text
 from app.catalog import Around, ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
 from app.corpora import Stream, tokens_dir
@@ -174,6 +174,8 @@ class FeaturePage:
     examples: Examples
     attempt: Try
     choices: Choices
+    people: bookmarks.Around | None = None
+    """What people did with the feature; None where that is not shown."""
     base: str = ""
     """Scheme and host that the page was asked under, for addresses that others follow."""
 
@@ -306,7 +308,8 @@ def feature_page(
     if source.isascii() and source.isdigit() and len(source) < 6:
         found = catalog.default_source(session, model, int(source))
         return RedirectResponse(f"{found.path}/{number}{query(dict(request.query_params))}", 302)
-    if actor_of(request) is None:  # who looks by a public link may read, and compute nothing
+    who = actor_of(request)
+    if who is None:  # who looks by a public link may read, and compute nothing
         text, switches = "", replace(switches, embedtest=False, embedsteer=False, defaulttesttext="")
     page = load(session, settings, model, source, number, chosen, text or switches.defaulttesttext)
     page = replace(page, base=base_of(request))
@@ -316,6 +319,8 @@ def feature_page(
             return embedded(request, page, switches)
     if partial(request):
         return render(request, "_examples.html", page.examples)
+    if who is not None:
+        page = replace(page, people=bookmarks.around(session, who, page.source.model_id, page.source.name, number))
     return render(request, "feature.html", page, headers=ahead(request))
 
 
@@ -451,7 +456,7 @@ def load(
     text: str = "",
     attempt: Try | None = None,
 ) -> FeaturePage:
-    """Return everything the page shows, in two queries."""
+    """Return what the page shows of the feature, in two queries."""
     record = catalog.feature_record(session, model, source, index, chosen.evidence)
     unpacked = _evidence(record)
     around = catalog.around(session, record.source, index, _others(unpacked))

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, lists, present, search
+from app import catalog, comments, lists, present, search
 from app.api.inputs import check_text
 from app.errors import AtlasError, BadInput
 from app.gpu import Worker
@@ -22,6 +22,7 @@ from app.present import ShadedToken, Window
 from app.protocol import EncodeRequest, SaeQuery
 from app.settings import Settings
 from app.web.access import ANYONE, EDITOR, VIEWER, SignInNeeded, Who, actor_of
+from app.web.comments import Talk, talk
 from app.web.pages import Config, Db, Gpu, query, render
 from app.web.problems import Problem, of
 from app.web.search import top_window
@@ -86,6 +87,8 @@ class ListPage:
     editing: bool = False
     quick: str = ""
     """The features of a quick list as they stand in its address."""
+    talk: Talk | None = None
+    """What people said of it; a quick list has no place for that."""
     loading: tuple[Any, ...] = ()
     problem: Problem | None = None
 
@@ -117,12 +120,12 @@ def lists_page(request: Request, who: Who, session: Db) -> Response:
 def choose(request: Request, who: Who, session: Db, feature: Annotated[str, Query(max_length=500)] = "") -> Response:
     """Ask which list a feature goes into."""
     own = [s for s in lists.seen_by(session, who) if lists.may_change(who, lists.get(session, who, s.id))]
-    return render(request, "lists.html", ListsPage(tuple(own), _key(feature)))
+    return render(request, "lists.html", ListsPage(tuple(own), key_of(feature)))
 
 
 @router.post("/lists", dependencies=[EDITOR])
 def make(request: Request, who: Who, session: Db, name: Text = "", feature: Text = "") -> Response:
-    features = [_key(feature)] if feature else []
+    features = [key_of(feature)] if feature else []
     made = lists.new(session, who, name, features=features)
     session.commit()
     return RedirectResponse(f"/lists/{made.id}", 303)
@@ -175,7 +178,7 @@ def delete(list_id: str, who: Who, session: Db) -> Response:
 def add(list_id: str, who: Who, session: Db, feature: Text = "") -> Response:
     """Put in one or more features, by address, one a line."""
     found = lists.to_change(session, who, list_id)
-    lists.add(session, found, [_key(line) for line in feature.split() if line])
+    lists.add(session, found, [key_of(line) for line in feature.split() if line])
     session.commit()
     return RedirectResponse(f"/lists/{found.id}", 303)
 
@@ -186,7 +189,7 @@ def change(
 ) -> Response:
     """Annotate, move or remove one feature."""
     found = lists.to_change(session, who, list_id)
-    key = _key(feature)
+    key = key_of(feature)
     held = lists.item(session, found, key.model_id, key.source, key.index)
     if act == "remove":
         lists.drop(session, found, held)
@@ -248,7 +251,8 @@ def _stored(
         steer=_steering(listed),
         may_change=lists.may_change(who, found),
         editing=editing and lists.may_change(who, found),
-        quick=_address(keys),
+        quick=address_of(keys),
+        talk=talk(session, who, comments.of_list(found.id)),
     )
 
 
@@ -265,11 +269,12 @@ def _quick(session: Session, settings: Settings, name: str, features: str, text:
         text=text,
         steer=_steering(listed),
         may_change=False,
-        quick=_address(keys),
+        quick=address_of(keys),
     )
 
 
-def _address(keys: Sequence[Key]) -> str:
+def address_of(keys: Sequence[Key]) -> str:
+    """Return features as they stand in a quick list's address."""
     return json.dumps([{"modelId": key.model_id, "layer": key.source, "index": str(key.index)} for key in keys])
 
 
@@ -300,7 +305,7 @@ def _of_json(row: Any) -> Key:
     return Key(model[:200], source[:200], catalog.parse_index(str(index)), note if isinstance(note, str) else "")
 
 
-def _key(address: str) -> Key:
+def key_of(address: str) -> Key:
     """Read `model/source/index`, also within a whole address. Raises BadInput."""
     parts = address.strip().partition("?")[0].rstrip("/").split("/")
     if len(parts) < 3 or not all(parts[-3:]):

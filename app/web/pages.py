@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from app import present, visibility
+from app.comments import MENTION
 from app.gpu import Worker
 from app.people import Actor
 from app.settings import Settings
@@ -92,6 +93,7 @@ class Pages:
             "window": window,
             "token_chip": token_chip,
             "label": label,
+            "said": said,
             "query": query,
             "segment": lambda text: quote(str(text), safe=""),
             "data": data,
@@ -216,6 +218,16 @@ def label(text: str) -> Markup:
         Markup('<code class="chip">{}</code>').format(chip(part)) if i % 2 else shown(part)
         for i, part in enumerate(parts)
     )
+
+
+def said(text: str) -> Markup:
+    """Return what a person wrote as markup: as `label`, and people's names stand out."""
+    parts: list[Markup] = []
+    end = 0
+    for match in MENTION.finditer(text):
+        parts += [label(text[end : match.start()]), Markup('<b class="mention">{}</b>').format(match[0])]
+        end = match.end()
+    return Markup().join([*parts, label(text[end:])])
 
 
 def chip(text: str) -> Markup:
