@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 _WORDS = {
@@ -26,7 +26,8 @@ def words(origin: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     shown = [(_WORDS[name], _text(origin[name])) for name in _WORDS if origin.get(name) not in (None, "")]
     if origin.get("kind"):
         shown.insert(0, ("how", _text(origin["kind"])))
-    known = {*_WORDS, "kind", "spec"}
+    shown += list(_lineage(origin))
+    known = {*_WORDS, "kind", "spec", "hours"}
     shown += [
         (name.replace("_", " "), _text(value))
         for name, value in origin.items()
@@ -38,6 +39,23 @@ def words(origin: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         *shown,
         *((name.replace("n_", "").replace("_", " "), _text(settings[name])) for name in _TRAINING if name in settings),
     )
+
+
+def _lineage(origin: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What was recorded of a training beside its spec: the text, the hours, the software, the SAEs made with it."""
+    corpus, software, others = (origin.get(name) for name in ("corpus", "trained_with", "together_with"))
+    if isinstance(corpus, Mapping):
+        yield "corpus hash", _text(cast(Mapping[str, Any], corpus).get("hash", ""))
+    if isinstance(hours := origin.get("hours"), int | float):
+        yield "hours", f"{hours:.2f}" if hours >= 0.01 else f"{hours:.4f}"
+    if isinstance(software, Mapping):
+        versions = dict(cast(Mapping[str, Any], software))
+        commit = versions.pop("commit", "")
+        yield "trained with", ", ".join(f"{name} {version}" for name, version in versions.items())
+        if commit:
+            yield "commit", _text(commit)
+    if isinstance(others, list) and others:
+        yield "trained together with", ", ".join(map(_text, cast(list[Any], others)))
 
 
 def _text(value: Any) -> str:

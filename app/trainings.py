@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import catalog, corpora, jobs, present, trainplan
+from app import catalog, corpora, jobs, present, trainplan, visibility
 from app.catalog import ModelEntry
 from app.errors import AtlasError, BadInput
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.tables import Corpus, Job, JobState
+from app.tables import Corpus, Job, JobState, Source
 from app.trainplan import Estimate, Speed
 from app.trainspecs import SaeSpec, TrainSpec
 
@@ -188,7 +188,7 @@ def _catalogued(session: Session, settings: Settings, spec: TrainSpec) -> tuple[
     entry = _or_fault(faults, "model", lambda: _model(session, settings, spec.model))
     corpus = _or_fault(faults, "corpus", lambda: corpora.corpus_named(session, _plain(spec.corpus)))
     if entry is not None:
-        faults += _misfits(spec, entry.card, settings)
+        faults += [*_misfits(spec, entry.card, settings), *_taken(session, settings, spec)]
     if (
         entry is not None
         and corpus is not None
@@ -232,6 +232,18 @@ def _misfits(spec: TrainSpec, card: ModelCard, settings: Settings) -> Iterator[F
     widest = max(sae.d_sae for sae in spec.saes)
     if widest > settings.max_d_sae:
         yield Fault("d_sae", f"It is {widest:,}; at most {settings.max_d_sae:,} here (SAE_ATLAS_MAX_D_SAE).")
+
+
+def _taken(session: Session, settings: Settings, spec: TrainSpec) -> Iterator[Fault]:
+    """Names that are others': the end of the training could not put its SAEs there (visibility.claim)."""
+    names = [sae.source for sae in spec.saes]
+    with visibility.unlimited(session):
+        there = session.execute(
+            select(Source.name, Source.owner).where(Source.model_id == spec.model, Source.name.in_(names))
+        ).all()
+    for name, owner in there:
+        if owner not in ("", settings.owner_name):
+            yield Fault("set_name", f"{spec.model}/{name} is {owner}'s already. Choose another, or ask them.")
 
 
 def _named_hooks(sae: SaeSpec) -> Iterator[tuple[str, str]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field, field_validator
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from app import catalog, harvests, maps, origins, saecharts, tablefiles, validations, visibility
+from app import catalog, harvests, jobs, maps, origins, saecharts, tablefiles, validations, visibility
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
+from app.errors import NotFound
 from app.harvests import Gathered
 from app.maps import Map
 from app.placement import placement
@@ -174,6 +175,8 @@ class SourcePage:
     origin: tuple[tuple[str, str], ...]
     recipe: tuple[tuple[str, str], ...]
     """The spec of its training, where SAE Atlas trained it."""
+    trained_by: int
+    """The job that trained it, where that is one of this catalog; else 0."""
     figures: tuple[Figure, ...]
     thumbnail: Thumbnail | None
     others: tuple[SourceCard, ...]
@@ -324,7 +327,8 @@ def source_page(
         more_metrics=tuple(m for m in measured if not m.about),
         config=facts(found.config),
         origin=origins.words({key: value for key, value in found.origin.items() if key != "spec"}),
-        recipe=facts(spec) if isinstance(spec := found.origin.get("spec"), Mapping) else (),
+        recipe=facts(_recipe(found)),
+        trained_by=_trained_by(session, found),
         figures=saecharts.figures(harvest.summary) if harvest else (),
         thumbnail=saecharts.thumbnail(drawn) if drawn else None,
         others=tuple(s for s in catalog.model_entry(session, model).sources if s.id != found.id),
@@ -337,6 +341,30 @@ def source_page(
         shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
     )
     return render(request, "source.html", page)
+
+
+def _recipe(source: SourceCard) -> Mapping[str, Any]:
+    """The settings of its training, those of this SAE among those of the job."""
+    spec: Any = source.origin.get("spec")
+    if not isinstance(spec, Mapping):
+        return {}
+    whole = dict(cast(Mapping[str, Any], spec))
+    saes = whole.pop("saes", None)
+    return {**whole, **saes[0]} if isinstance(saes, list) and saes else whole
+
+
+def _trained_by(session: Session, source: SourceCard) -> int:
+    """A bundle brings the number of a job of elsewhere: one of this catalog made this SAE, or is none of it."""
+    number: Any = source.origin.get("job")
+    if source.origin.get("kind") != "trained" or not isinstance(number, int):
+        return 0
+    try:
+        job = jobs.get(session, number)
+    except NotFound:
+        return 0
+    made: Any = job.spec.get("saes")
+    names = {f"{source.layer}-{sae['set_name']}" for sae in made if "set_name" in sae} if isinstance(made, list) else ()
+    return number if job.kind == "train" and source.name in names and job.spec["model"] == source.model_id else 0
 
 
 def _table(session: Session, source: SourceCard, wanted: FilterQuery, drawn: Map | None) -> TablePage:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
@@ -33,11 +33,14 @@ from app.web.problems import Problem, of
 router = APIRouter()
 
 PATH = "/train"
+USUAL_HARVEST = 1_000_000
 _LABELS = {
     "d_sae": "width (d_sae)",
     "set_name": "name of the set",
     "architecture": "architecture",
     "layer": "layer",
+    "hook_name": "where it reads",
+    "hook_name_out": "what it predicts",
     "hook": "where it reads",
     "hook_out": "what it predicts",
     "lr": "learning rate",
@@ -118,7 +121,8 @@ class TrainPage:
     forecast: Forecast
     text: str | None
     """The YAML that is edited in place of the form."""
-    cloned: int
+    cloned: str
+    """What it repeats, in words."""
     trainers: int
     problem: Problem | None = None
 
@@ -130,9 +134,21 @@ def train_form(
     settings: Config,
     preset: Annotated[str, Query(max_length=40)] = "",
     clone: Annotated[str, Query(max_length=40)] = "",
+    like: Annotated[str, Query(max_length=200)] = "",
 ) -> Response:
     if clone:
-        return _cloned(request, session, settings, clone)
+        job = jobs.get(session, parse_index(clone))
+        if job.kind != trainings.KIND:
+            raise NotFound(f"Job {job.id} is a {job.kind}, not a training.")
+        return _again(request, session, settings, job.spec, f"job {job.id}")
+    if like:
+        source = catalog.source_card(session, *_parts(like))
+        spec: Any = source.origin.get("spec")
+        if not isinstance(spec, Mapping):
+            raise NotFound(f"{like} was not trained by SAE Atlas, so its settings are not known.")
+        # The spec of an SAE leaves out what happened to it afterwards.
+        asked = {"harvest_tokens": USUAL_HARVEST, **cast(Mapping[str, Any], spec)}
+        return _again(request, session, settings, asked, source.name)
     return _render(request, _page(session, settings, _given(request.query_params), preset=preset))
 
 
@@ -191,21 +207,25 @@ def train_model(request: Request, model: str) -> Response:
     return RedirectResponse(f"{PATH}{query({'model': model, **dict(given)})}", 303)
 
 
-def _cloned(request: Request, session: Session, settings: Settings, number: str) -> Response:
-    """The form as a job was asked for."""
-    job = jobs.get(session, parse_index(number))
-    if job.kind != trainings.KIND:
-        raise NotFound(f"Job {job.id} is a {job.kind}, not a training.")
-    fields = dict(job.spec)
+def _parts(source: str) -> tuple[str, str]:
+    model, slash, name = source.partition("/")
+    if not slash:
+        raise BadInput(f"{source[:60]!r} names no SAE; write model/source.")
+    return model, name
+
+
+def _again(request: Request, session: Session, settings: Settings, asked: Mapping[str, Any], what: str) -> Response:
+    """The form as something was asked for before."""
+    fields = dict(asked)
     try:
-        fields = trainforms.short(trainings.read(job.spec))
+        fields = trainforms.short(trainings.read(asked))
         values = trainforms.to_form(fields)
     except BadSpec:
         values = None  # of another version: what does not fit is said beside it
     if values is None:
-        page = _page(session, settings, {}, text=yamlspec.dump(fields), cloned=job.id)
+        page = _page(session, settings, {}, text=yamlspec.dump(fields), cloned=what)
     else:
-        page = _page(session, settings, values, cloned=job.id)
+        page = _page(session, settings, values, cloned=what)
     return _render(request, page)
 
 
@@ -251,7 +271,7 @@ def _page(
     *,
     text: str | None = None,
     preset: str = "",
-    cloned: int = 0,
+    cloned: str = "",
     faults: tuple[Fault, ...] = (),
     problem: Problem | None = None,
 ) -> TrainPage:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from app import cli, db, trainings
 from app.settings import Settings
-from app.tables import Corpus, Job, JobState, Model
+from app.tables import Corpus, Job, JobState, Model, Source
 from app.trainspecs import TrainSpec
 from tests import conftest
 
@@ -233,6 +233,21 @@ def test_models_that_lack_a_hook_or_weights_are_named(client: TestClient, catalo
     settings: Settings = client.app.state.settings  # type: ignore[attr-defined]
     os.symlink(settings.model_dir("tiny"), settings.model_dir("neox"))
     assert "side by side" in client.post("/api/train", json=mid).json()["error"]
+
+
+def test_an_sae_of_somebody_else_s_is_not_replaced_and_one_s_own_is(
+    client: TestClient, catalog_session: Session, settings: Settings
+) -> None:
+    source = catalog_session.scalars(select(Source).where(Source.name == "1-demo")).one()
+    source.owner, source.visibility = "ada", "private"
+    catalog_session.commit()
+    told = client.post("/api/train", json=SPEC | {"set_name": "demo"}).json()["faults"]
+    assert told == [{"field": "set_name", "text": "tiny/1-demo is ada's already. Choose another, or ask them."}]
+    assert n_jobs(catalog_session) == 0
+    source.owner = settings.owner_name
+    catalog_session.commit()
+    answer = client.post("/api/train/estimate", json=SPEC | {"set_name": "demo"})
+    assert "1-demo is in the catalog already: the end of this training replaces it." in answer.json()["notes"]
 
 
 def test_a_corpus_of_another_tokenizer_s_tokens_is_refused(client: TestClient, catalog_session: Session) -> None:

@@ -26,3 +26,27 @@ def test_a_fetched_sae_names_repository_commit_and_format_and_what_is_not_known_
         ("format", "sparsify"),
         ("bundle", "demo"),
     )
+
+
+def test_a_training_s_lineage_tells_hours_software_commit_and_company() -> None:
+    shown = dict(
+        origins.words(
+            {
+                "kind": "trained",
+                "job": 7,
+                "corpus": {"name": "demo", "hash": "c0ffee"},
+                "hours": 0.35,
+                "trained_with": {"sae-atlas": "1.0", "torch": "2.13", "commit": "abc123"},
+                "together_with": ["12-a-k16", "12-a-k64"],
+            }
+        )
+    )
+    assert shown == {
+        "how": "trained",
+        "job": "7",
+        "corpus hash": "c0ffee",
+        "hours": "0.35",
+        "trained with": "sae-atlas 1.0, torch 2.13",
+        "commit": "abc123",
+        "trained together with": "12-a-k16, 12-a-k64",
+    }

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from app import db, jobs, trainforms, trainings
 from app.settings import Settings
-from app.tables import Job
+from app.tables import Job, Source
 from app.trainspecs import Architecture, SaeSpec, TrainSpec
 from tests import conftest
 
@@ -298,3 +298,26 @@ def test_addresses_that_make_no_sense_are_answered(client: TestClient) -> None:
         assert client.get(f"/train?{query}").status_code in (200, 404), query
     assert client.get("/train/spec.yaml").status_code == 422
     assert client.get("/train/spec.yaml?model=%0d%0aset-cookie:x&set_name=%0d%0a").status_code == 422
+
+
+def test_an_sae_that_was_trained_here_names_its_job_and_can_be_trained_again(
+    client: TestClient, catalog_session: Session
+) -> None:
+    client.post("/train", data=FORM | {"k": "4", "harvest_tokens": "5000"})
+    job = catalog_session.scalars(select(Job)).one()
+    spec = TrainSpec.model_validate(job.spec).model_dump(mode="json", exclude={"harvest_tokens"}, exclude_none=True)
+    source = catalog_session.scalars(select(Source).where(Source.name == "1-other")).one()
+    source.name, source.set_name, source.origin = "1-mine", "mine", {"kind": "trained", "job": 1, "spec": spec}
+    catalog_session.commit()
+    page = text(client.get("/tiny/1-mine").text)
+    assert 'href="/jobs/1">Its training, job 1</a>' in page
+    assert "<dt>k</dt><dd>4</dd>" in page
+    again = client.get("/train?like=tiny/1-mine").text
+    assert trainings.read(yaml_on(again)) == trainings.read({**spec, "harvest_tokens": 1_000_000})
+    source.name, source.set_name = "1-moved", "moved"  # as a bundle brings it, with the number of a job of elsewhere
+    catalog_session.commit()
+    page = text(client.get("/tiny/1-moved").text)
+    assert "/jobs/1" not in page
+    assert "/train?like=tiny/1-moved" in page
+    assert client.get("/train?like=tiny/2-plain").status_code == 404
+    assert client.get("/train?like=tiny").status_code == 422
