@@ -29,6 +29,8 @@ from app.trainspecs import SaeSpec, TrainSpec
 
 KIND = "train"
 CHARS_PER_TOKEN = 4
+_TELLING_FLOPS = 1e9
+"""Of a step: below, what a step costs is not its multiplications."""
 PARALLEL = frozenset(
     {"GPTNeoXForCausalLM", "GPTJForCausalLM", "PhiForCausalLM", "FalconForCausalLM", "CohereForCausalLM"}
 )
@@ -95,7 +97,7 @@ def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
     available, counted = _available(settings, corpus, card)
     n_contexts = available // max(spec.context_size - (card.bos_token_id is not None), 1)
     n_train = int(n_contexts * (1 - spec.held_out))
-    speed = trainplan.measured_speed(job.result for job in _finished(session))
+    speed = trainplan.measured_speed(job.result for job in _finished(session) if _is_telling(session, job))
     takes = trainplan.estimate(spec, card, settings.cache_bytes, speed, n_train)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.data_dir).free
@@ -292,6 +294,16 @@ def _notes(session: Session, settings: Settings, spec: TrainSpec, entry: ModelEn
         yield "harvest_tokens is 0: no dashboards are made at the end."
     if not jobs.trainers(session, settings):
         yield "No trainer is running: the job waits until `sae-atlas serve` starts one."
+
+
+def _is_telling(session: Session, job: Job) -> bool:
+    """Whether a training's steps took their time computing: those of tiny SAEs say little of others' speed."""
+    try:
+        spec = TrainSpec.model_validate(job.spec)
+        card = catalog.model_entry(session, spec.model).card
+    except (AtlasError, ValidationError):
+        return False  # of a model that is gone, or asked for by another version
+    return sum(trainplan.step_flops(sae, card) for sae in spec.saes) * spec.batch_size >= _TELLING_FLOPS
 
 
 def _finished(session: Session) -> list[Job]:

@@ -79,14 +79,23 @@ def test_the_estimate_queues_nothing_and_says_what_it_takes(client: TestClient, 
 
 
 def test_a_finished_training_s_speed_is_the_next_one_s(client: TestClient, catalog_session: Session) -> None:
+    def finish(**changes: Any) -> None:
+        speed = {"forward": 1e13, "step": 1e13}
+        job = Job(kind="train", title="", spec=SPEC | changes, result={"speed": speed}, workflow_id="")
+        job.state = JobState.DONE
+        catalog_session.add(job)
+        catalog_session.commit()
+
     slow = client.post("/api/train/estimate", json=SPEC).json()
-    job = Job(kind="train", title="", spec=SPEC, result={"speed": {"forward": 1e13, "step": 1e13}}, workflow_id="")
-    job.state = JobState.DONE
-    catalog_session.add(job)
-    catalog_session.commit()
+    finish()
+    finish(model="gone", d_sae=2**20, batch_size=4096)
+    finish(nonsense=1)
+    tiny = client.post("/api/train/estimate", json=SPEC).json()
+    assert (tiny["measured"], tiny["seconds"]) == (False, slow["seconds"]), "what tiny SAEs took says little"
+    finish(d_sae=2**20, batch_size=4096)
     fast = client.post("/api/train/estimate", json=SPEC).json()
     assert fast["measured"]
-    assert fast["seconds"] < slow["seconds"] / 50
+    assert fast["seconds"] < slow["seconds"] / 20
 
 
 def test_presets_and_the_schema_tell_what_can_be_asked(client: TestClient) -> None:
