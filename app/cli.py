@@ -28,6 +28,7 @@ from app import (
     db,
     doctor,
     documents,
+    evaluations,
     exchange,
     formats,
     harvestplan,
@@ -56,7 +57,7 @@ from app.model_kwargs import CENTRED, KEY
 from app.people import Role
 from app.placement import placement
 from app.settings import Settings
-from app.specs import BulkSpec, CorpusSpec, HarvestSpec, MapSpec, MatchSpec
+from app.specs import BulkSpec, CorpusSpec, EvalSpec, HarvestSpec, MapSpec, MatchSpec
 from app.supervisor import Child
 from app.tables import Job, JobState
 from app.trainings import Outlook
@@ -692,6 +693,33 @@ def draw_map(
         catalog.source_card(session, model_id, name)
         title = f"Draw the map of {source}"
         job_id = jobs.submit(session, Settings(), "map", title, asked.model_dump(mode="json")).id
+    _queued(job_id, title, watch)
+
+
+@app.command("eval")
+def evaluate(
+    source: ModelSource,
+    corpus: Annotated[str, typer.Option(help="Corpus in the catalog; else the one it was trained on.")] = "",
+    tokens: Annotated[int, typer.Option(min=1_000, help="Tokens to measure on.")] = 50_000,
+    loss_tokens: Annotated[int, typer.Option(min=500, help="Of these, tokens for ce_loss_score.")] = 20_000,
+    context_size: Annotated[int, typer.Option(min=8, max=4096, help="Tokens the model sees at once.")] = 128,
+    watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = False,
+) -> None:
+    """Queue the evaluation of an SAE on a corpus: l0, explained variance, ce_loss_score and more, kept with the SAE."""
+    model_id, name = _model_source(source)
+    asked = EvalSpec.model_validate(
+        {
+            "model": model_id,
+            "source": name,
+            "corpus": corpus,
+            "n_tokens": tokens,
+            "n_loss_tokens": loss_tokens,
+            "context_size": context_size,
+        }
+    )
+    with _session(Settings()) as session:
+        job = evaluations.queue(session, Settings(), asked)
+        job_id, title = job.id, job.title
     _queued(job_id, title, watch)
 
 

@@ -13,6 +13,7 @@ from app import db
 from app.api import (
     activations,
     attribution,
+    evaluate,
     explanations,
     features,
     health,
@@ -146,6 +147,7 @@ def create_app(settings: Settings) -> FastAPI:
         tokenize,
         queue,
         train,
+        evaluate,
         lists_api,
         comments_api,
         unknown,

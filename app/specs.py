@@ -133,3 +133,28 @@ class BulkSpec(Spec):
     n_features: int = Field(50, ge=1, le=1000, description="Features that best tell the groups apart.")
     held_out: float = Field(0.3, gt=0, lt=0.9, description="Share of each group kept for the held-out score.")
     seed: int = Field(0, ge=0, description="Seed of the split.")
+
+
+class EvalSpec(Spec):
+    """Measure an SAE on some text: reconstruction, sparsity, and how well the model predicts with it spliced in."""
+
+    model: str = Field(max_length=200, description="Model id in the catalog.")
+    source: str = Field(max_length=200, description="Source id in that model, such as 12-demo.")
+    corpus: str = Field(
+        "", max_length=100, description="Corpus in the catalog; empty means the one it was trained on, or the largest."
+    )
+    n_tokens: int = Field(
+        50_000, ge=1_000, le=100_000_000, description="Tokens for reconstruction and sparsity; first positions extra."
+    )
+    n_loss_tokens: int = Field(
+        20_000,
+        ge=500,
+        le=100_000_000,
+        description="Of these, tokens for ce_loss_score and kl_div_score, which cost more.",
+    )
+    context_size: int = Field(128, ge=8, le=4096, description="Tokens the model sees at once.")
+    max_norm_ratio: float = Field(
+        6.0,
+        gt=1,
+        description="Tokens whose norm exceeds this multiple of the median are in no metric: attention sinks.",
+    )

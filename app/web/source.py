@@ -7,20 +7,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, cast, get_args
 
-from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field, field_validator
+from fastapi import APIRouter, Form, Query, Request
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from app import catalog, harvests, jobs, maps, origins, saecharts, tablefiles, validations, visibility
+from app import (
+    catalog,
+    corpora,
+    evaluations,
+    harvests,
+    jobs,
+    maps,
+    origins,
+    saecharts,
+    tablefiles,
+    validations,
+    visibility,
+)
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
-from app.errors import NotFound
+from app.errors import BadInput, NotFound
+from app.evaluations import Evaluation
 from app.harvests import Gathered
 from app.maps import Map
 from app.placement import placement
 from app.present import amount, percent
 from app.protocol import ModelCard
 from app.saecharts import Figure, Thumbnail
+from app.specs import EvalSpec
 from app.tables import Job
 from app.validations import Validation
 from app.web.access import EDITOR, GUEST, VIEWER, Who, actor_of
@@ -182,6 +196,11 @@ class SourcePage:
     others: tuple[SourceCard, ...]
     """SAEs of the same model, to compare with."""
     features: TablePage
+    evaluations: tuple[Evaluation, ...]
+    evaluating: Job | None
+    """The evaluation that waits or runs."""
+    corpora: tuple[str, ...]
+    """Names of those it can be evaluated on, the usual one first."""
     validation: Validation | None
     check: Job | None
     """The check that waits or runs."""
@@ -191,6 +210,11 @@ class SourcePage:
     shared: tuple[str, ...]
     """Other sources with the same weights, which stay when this one is removed."""
     may_change: bool = True
+
+    @property
+    def evaluated_by(self) -> tuple[str, ...]:
+        """The metrics that any evaluation has."""
+        return tuple(name for name in evaluations.METRICS if any(name in e.metrics for e in self.evaluations))
 
 
 class FilterQuery(BaseModel):
@@ -277,6 +301,32 @@ def remove(model: str, source: str, who: Who, session: Db, settings: Config) -> 
     return RedirectResponse(f"/{found.model_id}", 303)
 
 
+@router.post("/{model}/{source}/evaluate", dependencies=[EDITOR])
+def evaluate(
+    model: str,
+    source: str,
+    session: Db,
+    settings: Config,
+    corpus: Annotated[str, Form(max_length=100)] = "",
+    n_tokens: Annotated[str, Form(max_length=20)] = "50000",
+) -> Response:
+    """Ask for the SAE's metrics on a corpus; the job's page shows them as they settle."""
+    if not n_tokens.strip().isascii() or not n_tokens.strip().isdigit():
+        raise BadInput(f"{n_tokens[:20]!r} is no number of tokens.")
+    spec = _spec({"model": model, "source": source, "corpus": corpus, "n_tokens": int(n_tokens)})
+    job = evaluations.queue(session, settings, spec)
+    session.commit()
+    return RedirectResponse(f"/jobs/{job.id}", 303)
+
+
+def _spec(fields: dict[str, Any]) -> EvalSpec:
+    try:
+        return EvalSpec.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{first['loc'][0]}: {first['msg']}; it is {str(first['input'])[:40]}.") from None
+
+
 @router.get("/{model}", dependencies=[VIEWER])
 def model_page(
     request: Request,
@@ -333,6 +383,9 @@ def source_page(
         thumbnail=saecharts.thumbnail(drawn) if drawn else None,
         others=tuple(s for s in catalog.model_entry(session, model).sources if s.id != found.id),
         features=_table(session, found, wanted, drawn),
+        evaluations=evaluations.found(found.metrics),
+        evaluating=evaluations.pending(session, found.model_id, found.name),
+        corpora=_corpora(session, found),
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
         harvests=tuple(harvests.gathered(session, source_id=found.id)),
@@ -365,6 +418,12 @@ def _trained_by(session: Session, source: SourceCard) -> int:
     made: Any = job.spec.get("saes")
     names = {f"{source.layer}-{sae['set_name']}" for sae in made if "set_name" in sae} if isinstance(made, list) else ()
     return number if job.kind == "train" and source.name in names and job.spec["model"] == source.model_id else 0
+
+
+def _corpora(session: Session, source: SourceCard) -> tuple[str, ...]:
+    names = [corpus.name for corpus in corpora.corpora(session)]
+    usual = evaluations.corpus_for(session, source, "").name if names else ""
+    return tuple(sorted(names, key=lambda name: name != usual))
 
 
 def _table(session: Session, source: SourceCard, wanted: FilterQuery, drawn: Map | None) -> TablePage:

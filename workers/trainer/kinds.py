@@ -144,6 +144,7 @@ _REGISTRY = {
     "bulk": "workers.trainer.bulk:Bulk",
     "corpus": "workers.trainer.add_corpus:AddCorpus",
     "embed": "workers.trainer.embed:Embed",
+    "eval": "workers.trainer.evaluation:Evaluate",
     "train": "workers.trainer.train:Train",
     "harvest": "workers.trainer.harvest:Harvest",
     "import": "workers.trainer.import_evidence:ImportEvidence",
