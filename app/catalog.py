@@ -175,6 +175,10 @@ class SourceCard:
     visibility: str = Visibility.TEAM
     link: str = ""
     """The secret of its public link."""
+    description: str = ""
+    """Markdown."""
+    replaced_by: str = ""
+    """Name of its newer version."""
 
     @property
     def path(self) -> str:
@@ -419,14 +423,14 @@ def source_card(session: Session, model_id: str, name: str) -> SourceCard:
     if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name):
         found = session.execute(select(Source).where(Source.model_id == model_id, Source.name == name)).scalar()
         if found is not None:
-            return _source(found)
+            return card_of(found)
     raise _unknown_source(session, model_id, name)
 
 
 def trained_by(session: Session, job_id: int, model_id: str, names: Collection[str]) -> tuple[SourceCard, ...]:
     """Return those of a model's sources that a training job put there, in the order of the names."""
     found = session.scalars(select(Source).where(Source.model_id == model_id, Source.name.in_(names)))
-    cards = {source.name: _source(source) for source in found if source.origin.get("job") == job_id}
+    cards = {source.name: card_of(source) for source in found if source.origin.get("job") == job_id}
     return tuple(cards[name] for name in names if name in cards)
 
 
@@ -452,7 +456,7 @@ def source_page(session: Session, model_id: str, name: str) -> tuple[ModelCard, 
             .where(Model.id == model_id, Source.name == name)
         ).first()
         if row is not None:
-            return card(row[0]), _source(row[1]), _harvest(row[2], row[3])
+            return card(row[0]), card_of(row[1]), _harvest(row[2], row[3])
     raise _unknown_source(session, model_id, name)
 
 
@@ -467,7 +471,7 @@ def default_source(session: Session, model_id: str, layer: int) -> SourceCard:
         .limit(1)
     ).scalars()
     for found in rows:
-        return _source(found)
+        return card_of(found)
     raise _unknown_source(session, model_id, str(layer))
 
 
@@ -534,7 +538,7 @@ def random_source(session: Session) -> SourceCard:
     rows = session.execute(select(Source).where(Source.harvest_id.is_not(None))).scalars().all()
     if not rows:
         raise NotInCatalog("No SAE has evidence yet. Run `sae-atlas harvest` for one first.", [("/", "Catalog")])
-    return _source(random.choice(rows))  # noqa: S311
+    return card_of(random.choice(rows))  # noqa: S311
 
 
 def parse_index(text: str) -> int:
@@ -556,7 +560,7 @@ def feature_record(
         asked = {"model": model_id, "name": name, "latent": index, "evidence": evidence}
         row = session.execute(_record_query(evidence is None), asked).first()
         if row is not None and index < row[1].d_sae:
-            source = _source(row[1])
+            source = card_of(row[1])
             harvest = _harvest(row[2], row[3])
             if evidence is not None and harvest is None:
                 raise NotInCatalog(
@@ -567,7 +571,7 @@ def feature_record(
             figures = _row(feature) if feature else FeatureRow(index, "", 0.0, 0.0, "", "")
             return FeatureRecord(card(row[0]), source, harvest, figures, row[5], row[6])
         if row is not None:
-            raise past_the_end(_source(row[1]), index)
+            raise past_the_end(card_of(row[1]), index)
     raise _unknown_source(session, model_id, name, index)
 
 
@@ -746,11 +750,12 @@ def _entries(session: Session, *where: ColumnElement[bool]) -> list[ModelEntry]:
     ).scalars()
     by_model: dict[str, list[SourceCard]] = {}
     for source in found:
-        by_model.setdefault(source.model_id, []).append(_source(source))
+        by_model.setdefault(source.model_id, []).append(card_of(source))
     return [ModelEntry(card(model), tuple(by_model.get(model.id, ()))) for model in models]
 
 
-def _source(source: Source) -> SourceCard:
+def card_of(source: Source) -> SourceCard:
+    """Return a source's row as pages take it."""
     return SourceCard(
         id=source.id,
         model_id=source.model_id,
@@ -771,6 +776,8 @@ def _source(source: Source) -> SourceCard:
         owner=source.owner,
         visibility=source.visibility,
         link=source.link,
+        description=source.description,
+        replaced_by=source.replaced_by,
     )
 
 

@@ -35,6 +35,7 @@ import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app import visibility
 from app.documents import (
     Columns,
     Dataset,
@@ -347,6 +348,10 @@ def remove_corpus(session: Session, settings: Settings, name: str) -> Path:
     """
     corpus = corpus_named(session, name)
     users = used_by(session, corpus)
+    with visibility.unlimited(session):
+        hidden = len(used_by(session, corpus)) - len(users)
+    if hidden:
+        users.append(f"{hidden} that {'is' if hidden == 1 else 'are'} not shown to you")
     if users:
         raise Conflict(f"Corpus {corpus.name!r} is shown by {', '.join(users)}; remove that evidence first.")
     session.delete(corpus)

@@ -12,7 +12,7 @@ from typing import IO, Any
 from sqlalchemy import delete, event, insert, select, update
 from sqlalchemy.orm import Session, SessionTransaction
 
-from app import corpora, explanations, lockfile, matches, visibility, wording
+from app import cards, corpora, explanations, lockfile, matches, visibility, wording
 from app import evidence as blobs
 from app.errors import BadInput, Conflict, NotFound
 from app.evidence import Effect, FeatureEvidence
@@ -130,6 +130,7 @@ def _remove(session: Session, settings: Settings, source: Source) -> None:
     model_id, sae_hash = source.model_id, source.sae_hash
     _forget_evidence(session, settings, source)
     explanations.forget(session, source.id)
+    cards.forget(session, source.id)
     layer, was_default = source.layer, source.is_default
     session.delete(source)
     session.flush()

@@ -42,6 +42,7 @@ from app.web import (
     audit,
     bookmarks,
     bulk,
+    cards,
     comments,
     compare,
     corpora,
@@ -82,6 +83,7 @@ from app.web.multipart import SLACK_BYTES
 from app.web.pages import Pages, VersionedStatic, static_version
 from app.web.problems import register
 from app.web.proxy import Proxied
+from app.web.visits import Visits
 
 MAX_BODY_BYTES = 2**25
 
@@ -97,10 +99,12 @@ def create_app(settings: Settings) -> FastAPI:
         app.state.sessions = db.sessions(engine)
         app.state.worker = Worker(settings)
         app.state.labels = LabelIndex(app.state.sessions)
+        app.state.visits = Visits(app.state.sessions)
         try:
             yield
         finally:
             await app.state.worker.close()
+            app.state.visits.close()
             engine.dispose()
 
     app = FastAPI(
@@ -162,6 +166,7 @@ def create_app(settings: Settings) -> FastAPI:
         people,
         audit,
         bulk,
+        cards,
         compare,
         corpora,
         harvests,

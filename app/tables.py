@@ -106,8 +106,45 @@ class Source(Owned, Table):
     harvest_id: Mapped[int | None] = mapped_column(ForeignKey("harvests.id", use_alter=True))
     """The evidence shown by default."""
     created_at: Mapped[Moment]
+    description: Mapped[LongText] = mapped_column(Text, default="", server_default="")
+    """What it is, in Markdown."""
+    replaced_by: Mapped[str] = mapped_column(String(200), default="", server_default="")
+    """Name of its newer version in the same model; empty while there is none."""
     model: Mapped[Model] = relationship(back_populates="sources", lazy="raise")
     harvest: Mapped[Harvest | None] = relationship(foreign_keys=[harvest_id], lazy="raise")
+
+
+class SourceTag(Table):
+    """A word that people choose SAEs by."""
+
+    __tablename__ = "source_tags"
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    tag: Mapped[str] = mapped_column(String(40), primary_key=True, index=True)
+
+
+class SourceStar(Table):
+    """Somebody's favourite."""
+
+    __tablename__ = "source_stars"
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    who: Mapped[str] = mapped_column(String(200), primary_key=True, index=True)
+    created_at: Mapped[Moment]
+
+
+class SourceVisit(Table):
+    """Somebody looked at an SAE, or used it, on a day."""
+
+    __tablename__ = "source_visits"
+    __table_args__ = (Index("ix_source_visits_who", "who", "day"),)
+
+    source_id: Mapped[int] = mapped_column(ForeignKey("sources.id"), primary_key=True, autoincrement=False)
+    who: Mapped[str] = mapped_column(String(200), primary_key=True)
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)
+    """In UTC, as 2026-11-25."""
+    kind: Mapped[str] = mapped_column(String(10), primary_key=True)
+    """cards.Visit"""
 
 
 class Corpus(Table):

@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app import visibility
 from app.settings import Settings
 from app.tables import Job, JobState
 
@@ -44,7 +45,9 @@ def delete(path: Path) -> None:
 def sweep(session: Session, settings: Settings, older_than: float = KEPT_SECONDS) -> None:
     """Delete uploads that no job will read: those of jobs that ended without reading them, and of broken requests."""
     waiting = (JobState.QUEUED, JobState.RUNNING, JobState.PAUSED)
-    specs = session.scalars(select(Job.spec).where(Job.kind.in_(("bulk", "corpus", "import")), Job.state.in_(waiting)))
+    with visibility.unlimited(session):  # others' private jobs need their files too
+        reading = select(Job.spec).where(Job.kind.in_(("bulk", "corpus", "import")), Job.state.in_(waiting))
+        specs = session.scalars(reading).all()
     needed = {str(spec.get("root") or spec.get("path", "")) for spec in specs}
     for path in home(settings).glob("*"):
         with suppress(FileNotFoundError):  # another request may sweep too

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import numpy.typing as npt
 import orjson
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, Field
 from sqlalchemy.orm import Session
 from starlette.responses import Response
@@ -27,6 +27,7 @@ from app.gpu import Worker
 from app.protocol import EncodeRequest, SaeActs, SaeQuery, TextActs
 from app.settings import Settings
 from app.tokens import Vocabulary
+from app.web import visits
 from app.web.access import VIEWER
 from app.web.pages import Config, Db, Gpu, read
 
@@ -91,12 +92,13 @@ class _Model:
 
 
 @router.post("/activation/new", dependencies=[VIEWER])
-async def new_activation(body: NewActivation, session: Db, settings: Config, worker: Gpu) -> Response:
+async def new_activation(request: Request, body: NewActivation, session: Db, settings: Config, worker: Gpu) -> Response:
     """One feature on one text, or on each of many; tokens and values without the beginning-of-text token."""
     texts = texts_of(settings, body.customText)
     model, (source, latent) = await read(
         session, lambda: (_model(session, settings, body.feature.modelId), find_feature(session, body.feature))
     )
+    visits.note(request, [source.id], "use")
     query = SaeQuery(sae=catalog.sae_ref(settings, source), latents=[latent])
     answers = [
         _activation(source, latent, text, model) for text in await _encode(settings, worker, [source], texts, [query])
@@ -105,10 +107,13 @@ async def new_activation(body: NewActivation, session: Db, settings: Config, wor
 
 
 @router.post("/activation/source", dependencies=[VIEWER])
-async def source_activations(body: SourceActivations, session: Db, settings: Config, worker: Gpu) -> Response:
+async def source_activations(
+    request: Request, body: SourceActivations, session: Db, settings: Config, worker: Gpu
+) -> Response:
     """Every active feature of a source on each text, sparse; the beginning-of-text token is counted but has none."""
     texts = texts_of(settings, body.customText)
     model, source = await read(session, _find, session, settings, body.modelId, body.source)
+    visits.note(request, [source.id], "use")
     answers = await _encode(settings, worker, [source], texts, [_all_active(settings, source)])
     results = [
         {
@@ -124,10 +129,11 @@ async def source_activations(body: SourceActivations, session: Db, settings: Con
 
 @router.post("/search-topk-by-token", dependencies=[VIEWER])
 @router.post("/search-topk-by-token/", include_in_schema=False, dependencies=[VIEWER])
-async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker: Gpu) -> Response:
+async def topk_by_token(request: Request, body: TopKByToken, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of each token. With ignoreBos, special tokens are left out; positions still count them."""
     texts = texts_of(settings, body.text)
     model, source = await read(session, _find, session, settings, body.modelId, body.source)
+    visits.note(request, [source.id], "use")
     sparse = 0 < body.densityThreshold < 1
     wanted = SaeQuery(sae=catalog.sae_ref(settings, source), top_k=min(source.d_sae, body.numResults))
     if sparse:  # any number of the strongest may be dense
@@ -143,10 +149,11 @@ async def topk_by_token(body: TopKByToken, session: Db, settings: Config, worker
 
 @router.post("/search-all", dependencies=[VIEWER])
 @router.post("/search-all/", include_in_schema=False, dependencies=[VIEWER])
-async def search_all(body: SearchAll, session: Db, settings: Config, worker: Gpu) -> Response:
+async def search_all(request: Request, body: SearchAll, session: Db, settings: Config, worker: Gpu) -> Response:
     """The strongest features of a whole text in some or all sources of a set, with their values on every token."""
     texts = texts_of(settings, body.text)
     model, sources = await read(session, lambda: (_model(session, settings, body.modelId), _sources_of(session, body)))
+    visits.note(request, [source.id for source in sources], "use")
     queries = [_all_active(settings, source) for source in sources]
     answers = await _encode(settings, worker, sources, texts, queries)
     results = [await read(session, _found, session, text, sources, model, body) for text in answers]

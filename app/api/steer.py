@@ -28,6 +28,7 @@ from app.protocol import End, GenerateRequest, Queued, Start, Token
 from app.settings import Settings
 from app.steering import DEFAULT, STEERED, Chat, Completion, Steering
 from app.tokens import Reader, Vocabulary
+from app.web import visits
 from app.web.access import VIEWER, actor_of, address_of
 from app.web.pages import Config, Db, Gpu, own_session, read
 
@@ -232,14 +233,18 @@ async def begin(
 ) -> Begun:
     """Find what is steered and start; whatever can be refused is refused here, with its own status."""
 
+    used: list[int] = []
+
     def found() -> tuple[GenerateRequest, dict[str, Any], Vocabulary]:
         targets = steering.targets(session, settings, body)
+        used.extend(target.source.id for target in targets if target.source is not None)
         asked = steering.request(session, settings, body, targets, user_of(request))
         entry = catalog.model_entry(session, body.modelId)
         record = {**steering.record(body, targets), "modelHash": entry.card.hash}
         return asked, record, catalog.vocabulary_of(settings, body.modelId)
 
     asked, record, words = await read(session, found)
+    visits.note(request, used, "use")
     saes = [d.sae for row in asked.rows for d in row.directions if d.sae is not None]
     await worker.ready(asked.model, saes)
     status = await worker.status()

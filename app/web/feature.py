@@ -28,6 +28,7 @@ from app.present import FeatureView, ShadedToken, Width
 from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
 from app.vectors import decoder_row
+from app.web import visits
 from app.web.access import GUEST, VIEWER, actor_of
 from app.web.embed import SWITCHES, Embedded, embedded
 from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, read, render
@@ -313,6 +314,7 @@ def feature_page(
         text, switches = "", replace(switches, embedtest=False, embedsteer=False, defaulttesttext="")
     page = load(session, settings, model, source, number, chosen, text or switches.defaulttesttext)
     page = replace(page, base=base_of(request))
+    visits.note(request, [page.source.id], "view")
     if switches.embed:
         page = replace(page, examples=replace(page.examples, others=switches.fields))
         if not partial(request):
@@ -403,6 +405,8 @@ async def _try(
     number = catalog.parse_index(index)
     record = await read(session, catalog.feature_record, session, model, source, number, chosen.evidence)
     text = text.replace("\r\n", "\n")
+    if text.strip():
+        visits.note(request, [record.source.id], "use")
     attempt = replace(await attempt_text(settings, worker, record, text), evidence=chosen.evidence)
     headers = {}
     if partial(request):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, search
+from app import cards, catalog, search
+from app.cards import Shelf
 from app.catalog import FeatureRow, ModelEntry, SourceCard
 from app.present import Window
-from app.web.access import VIEWER
+from app.web.access import VIEWER, actor_of
 from app.web.pages import Config, Db, render
 from app.web.search import top_window
+from app.web.shelf import Choice
 
 router = APIRouter()
 
@@ -23,6 +25,12 @@ class HomePage:
     samples: tuple[tuple[SourceCard, FeatureRow, Window | None], ...]
     """A few features of one SAE, each with its strongest example where that can be read."""
     n_features: int
+    shelf: Shelf = field(default_factory=Shelf)
+
+    @property
+    def shown(self) -> tuple[SourceCard, ...]:
+        """The SAEs that are chosen."""
+        return tuple(s for entry in self.models for s in entry.sources if self.shelf.shows(s))
 
     @property
     def samples_of(self) -> str:
@@ -32,8 +40,10 @@ class HomePage:
 
 
 @router.get("/", dependencies=[VIEWER])
-def home(request: Request, session: Db, settings: Config) -> Response:
+def home(request: Request, session: Db, settings: Config, chosen: Choice) -> Response:
     found = catalog.home(session)
+    every = [source for entry in found.models for source in entry.sources]
+    shelf = cards.shelf(session, actor_of(request), every, chosen)
     examples = search.examples_of(session, [(source.id, row.index) for source, row in found.samples])
     special = {entry.card.id: frozenset(entry.card.special_token_ids) for entry in found.models}
     samples: list[tuple[SourceCard, FeatureRow, Window | None]] = []
@@ -41,7 +51,7 @@ def home(request: Request, session: Db, settings: Config) -> Response:
         example = examples.get((source.id, row.index))
         shown = top_window(settings, example, source.model_id, special[source.model_id]) if example else None
         samples.append((source, row, shown))
-    return render(request, "home.html", HomePage(found.models, tuple(samples), found.n_features))
+    return render(request, "home.html", HomePage(found.models, tuple(samples), found.n_features, shelf))
 
 
 @router.get("/random", dependencies=[VIEWER])

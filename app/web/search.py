@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, embeddings, evidence, meaning, present, search
-from app.catalog import ModelEntry
+from app import cards, catalog, embeddings, evidence, meaning, present, search
+from app.catalog import ModelEntry, SourceCard
 from app.corpora import IMPORTED, VOCABULARY, Stream, tokens_dir
 from app.labelindex import Index, LabelIndex
 from app.present import Window
@@ -44,6 +44,8 @@ class SearchPage:
     models: tuple[ModelEntry, ...]
     """Models and SAEs whose name holds the query."""
     results: Results
+    saes: tuple[SourceCard, ...]
+    """SAEs whose tags or description hold the query."""
     lines: tuple[Line, ...]
     note: str
     """Why meaning does not count, or not for all; empty when it does."""
@@ -85,6 +87,7 @@ def search_page(
         scopes=_scopes(entries),
         models=_named(entries, q) if offset == 0 and not scope else (),
         results=results,
+        saes=_described(session, q) if offset == 0 and not scope else (),
         lines=_lines(session, settings, results.hits),
         note=note,
         can_embed=can_embed,
@@ -131,6 +134,12 @@ def _named(entries: tuple[ModelEntry, ...], q: str) -> tuple[ModelEntry, ...]:
         if own or sources:
             found.append(ModelEntry(entry.card, sources))
     return tuple(found)
+
+
+def _described(session: Session, q: str) -> tuple[SourceCard, ...]:
+    """SAEs of which people say it; those that are called so stand with the models already."""
+    wanted = q.strip().lower()
+    return tuple(s for s in cards.find(session, q) if wanted not in s.name.lower())
 
 
 def _note(session: Session, index: Index | None) -> tuple[str, bool]:

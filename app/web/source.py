@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, cast, get_args
 
 from fastapi import APIRouter, Form, Query, Request
+from markupsafe import Markup
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from app import (
+    cards,
     catalog,
     corpora,
     evaluations,
@@ -25,6 +27,7 @@ from app import (
     validations,
     visibility,
 )
+from app.cards import Card, Shelf
 from app.catalog import FeatureRow, Filter, HarvestCard, Kind, SourceCard, Table
 from app.errors import BadInput, NotFound
 from app.evaluations import Evaluation
@@ -37,9 +40,12 @@ from app.saecharts import Figure, Thumbnail
 from app.specs import EvalSpec
 from app.tables import Job
 from app.validations import Validation
+from app.web import visits
 from app.web.access import EDITOR, GUEST, VIEWER, Who, actor_of
+from app.web.markdown import rendered
 from app.web.pages import Config, Db, Gpu, own_session, partial, query, read, render
 from app.web.sharing import Sharing, sharing
+from app.web.shelf import Choice
 
 router = APIRouter()
 
@@ -93,10 +99,16 @@ class ModelPage:
     grid: Grid
     set_name: str = ""
     """Only this set's SAEs are shown."""
+    shelf: Shelf = field(default_factory=Shelf)
 
     @property
     def sources(self) -> tuple[SourceCard, ...]:
-        return tuple(s for s in self.entry.sources if s.set_name == self.set_name) if self.set_name else ()
+        return tuple(s for s in self.shown if s.set_name == self.set_name) if self.set_name else ()
+
+    @property
+    def shown(self) -> tuple[SourceCard, ...]:
+        """The SAEs that are chosen."""
+        return tuple(s for s in self.entry.sources if self.shelf.shows(s))
 
 
 def grid(sources: tuple[SourceCard, ...]) -> Grid:
@@ -207,6 +219,11 @@ class SourcePage:
     harvests: tuple[Gathered, ...]
     """All evidence it has, newest first."""
     sharing: Sharing | None
+    said: Card
+    description: Markup
+    """What people wrote of it, as HTML."""
+    seen_by: str
+    """How many looked at it and used it, in words."""
     shared: tuple[str, ...]
     """Other sources with the same weights, which stay when this one is removed."""
     may_change: bool = True
@@ -332,10 +349,12 @@ def model_page(
     request: Request,
     model: str,
     session: Db,
+    chosen: Choice,
     only: Annotated[str, Query(alias="set", max_length=200)] = "",
 ) -> Response:
     """A model with its SAEs; with `?set=` a set of them, layer by layer."""
     entry = catalog.model_entry(session, model)
+    shelf = cards.shelf(session, actor_of(request), entry.sources, chosen)
     sets = dict.fromkeys(source.set_name for source in entry.sources)
     if only and only not in sets:
         near = [(f"{entry.path}?set={name}", name) for name in sets] or [(entry.path, entry.card.id)]
@@ -352,7 +371,7 @@ def model_page(
         ("origin", card.origin),
         ("weights", card.hash[:16]),
     )
-    return render(request, "model.html", ModelPage(entry, facts, grid(entry.sources), only))
+    return render(request, "model.html", ModelPage(entry, facts, grid(entry.sources), only, shelf))
 
 
 @router.get("/{model}/{source}", dependencies=[GUEST])
@@ -368,6 +387,10 @@ def source_page(
         return render(request, "_rows.html" if wanted.rows else "_features.html", shown)
     card, found, harvest = catalog.source_page(session, model, source)
     measured = metrics(found.metrics)
+    who = actor_of(request)
+    said, team = cards.card(session, who, found), who is not None and who.id is not None
+    if not partial(request):
+        visits.note(request, [found.id], "view")
     drawn = maps.map_of(session, found.id)
     page = SourcePage(
         card=card,
@@ -389,6 +412,9 @@ def source_page(
         validation=validations.found(found.metrics),
         check=validations.pending(session, found.model_id, found.name),
         harvests=tuple(harvests.gathered(session, source_id=found.id)),
+        said=said,
+        description=rendered(found.description),
+        seen_by=_seen_by(said) if team else "",
         sharing=sharing(request, "sae", found.id, found.owner, found.visibility, found.link),
         may_change=visibility.may_change(actor_of(request), found.owner),
         shared=tuple(harvests.shared_with(session, found.model_id, found.name)),
@@ -424,6 +450,11 @@ def _corpora(session: Session, source: SourceCard) -> tuple[str, ...]:
     names = [corpus.name for corpus in corpora.corpora(session)]
     usual = evaluations.corpus_for(session, source, "").name if names else ""
     return tuple(sorted(names, key=lambda name: name != usual))
+
+
+def _seen_by(said: Card) -> str:
+    people = f"{said.n_viewers} {'person has' if said.n_viewers == 1 else 'people have'} looked at it"
+    return f"{people}, {said.n_users} used it"
 
 
 def _table(session: Session, source: SourceCard, wanted: FilterQuery, drawn: Map | None) -> TablePage:

@@ -127,6 +127,7 @@ def test_what_changes_something_is_not_open_to_viewers_unless_listed_here() -> N
         "/{model}/prompt",
         "/{model}/prompt/save",
         "/{model}/steer",
+        "/{model}/{source}/star",
         "/{model}/{source}/{index}/try",
     }
 

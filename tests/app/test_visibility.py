@@ -14,7 +14,7 @@ from sqlalchemy import Engine, select, union_all, update
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from app import jobs, people, steering_vectors, steerings, visibility
+from app import jobs, people, steering_vectors, steerings, uploads, visibility
 from app.errors import Conflict
 from app.main import create_app
 from app.people import Actor, Role
@@ -277,3 +277,21 @@ def test_a_server_without_accounts_shows_nothing_of_owners(client: TestClient) -
     page = client.get("/tiny/1-demo").text
     assert "Seen by" not in page
     assert client.get("/vectors").status_code == 200
+
+
+def test_a_corpus_that_only_a_hidden_sae_needs_stays(lab: Lab) -> None:
+    refused = lab.as_("bob").post("/corpora/made/remove")
+    assert refused.status_code == 409
+    assert "shown by 1 that is not shown to you" in refused.text
+
+
+def test_uploads_that_a_hidden_job_waits_for_stay(lab: Lab) -> None:
+    path = uploads.fresh(lab.settings, "x")
+    path.write_text("x")
+    with lab.app.state.sessions.begin() as session:
+        session.get_one(Job, lab.ids["job"]).kind = "import"
+        session.get_one(Job, lab.ids["job"]).spec = {"path": str(path)}
+        session.flush()
+        visibility.read_as(session, Reader("bob"))
+        uploads.sweep(session, lab.settings, older_than=-1)
+    assert path.exists()

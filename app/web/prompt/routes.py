@@ -19,6 +19,7 @@ from app.errors import AtlasError, BadInput, NotFound, TooLarge
 from app.gpu import Worker
 from app.protocol import ChatMessage, ChatRequest, EncodeReply, EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
+from app.web import visits
 from app.web.access import VIEWER
 from app.web.guard import CHART_POLICY
 from app.web.pages import Config, Db, Gpu, partial, read, render
@@ -202,6 +203,7 @@ async def _answer(
         changed = tuple(s.name for s in chosen if hashes and hashes.get(s.name) != s.sae_hash)
         page = replace(page, sources=chosen, focus=focus, changed=changed)
         if focus is not None and not lab.empty:
+            visits.note(request, [source.id for source in page.sources], "use")
             page = await _read(page, focus, session, settings, worker)
     except AtlasError as error:
         page = replace(page, problem=of(error))
