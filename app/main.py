@@ -13,6 +13,7 @@ from app import db
 from app.api import (
     activations,
     attribution,
+    batches,
     evaluate,
     explanations,
     features,
@@ -145,6 +146,7 @@ def create_app(settings: Settings) -> FastAPI:
         explanations,
         activations,
         attribution,
+        batches,
         steer,
         steer_lab,
         vector,

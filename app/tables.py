@@ -648,6 +648,19 @@ class Bookmark(Table):
     created_at: Mapped[Moment]
 
 
+class SourceSet(Table):
+    """A set that somebody announced over the API, to send evidence of its sources in batches."""
+
+    __tablename__ = "source_sets"
+
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    description: Mapped[LongText]
+    url: Mapped[str] = mapped_column(String(500))
+    owner: Mapped[Slug]
+    created_at: Mapped[Moment]
+
+
 class AuditEntry(Table):
     """Something a person changed, in team mode. Written when the change was answered as done, and never changed."""
 

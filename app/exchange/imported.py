@@ -302,7 +302,7 @@ def catalogue(session: Session, settings: Settings, place: Place, rows: Intake, 
         raise BadFile("The import holds no features.")
     if d_sae > settings.max_d_sae:
         raise TooLarge(f"The import names {d_sae:,} features; SAE_ATLAS_MAX_D_SAE allows {settings.max_d_sae:,}.")
-    _ensure_model(session, place)
+    ensure_model(session, place.model_id, place.model_name, max(place.n_layers, place.layer + 1))
     source = _source(session, place, d_sae)
     corpus = _corpus(session, place, rows.write_stream(settings.data_dir / "corpora"), rows)
     harvest = Harvest(
@@ -342,16 +342,17 @@ def _measured(
         yield record
 
 
-def _ensure_model(session: Session, place: Place) -> None:
-    if session.get(Model, place.model_id) is not None:
-        return
-    name = place.model_name or place.model_id
+def ensure_model(session: Session, model_id: str, name: str, n_layers: int) -> Model:
+    """Return a model of the catalog; one that is not there is added, known by name alone."""
+    there = session.get(Model, model_id)
+    if there is not None:
+        return there
     card = ModelCard(
-        id=place.model_id,
-        name=name[:200],
+        id=check_id(model_id),
+        name=(name or model_id)[:200],
         hash="",
         architecture="",
-        n_layers=max(place.n_layers, place.layer + 1),
+        n_layers=n_layers,
         d_model=0,
         n_heads=0,
         d_head=0,
@@ -365,8 +366,10 @@ def _ensure_model(session: Session, place: Place) -> None:
         n_params=0,
         origin="known from imported evidence; no weights here",
     )
-    session.add(Model(id=card.id, name=card.name, hash="", card=card.model_dump()))
+    made = Model(id=card.id, name=card.name, hash="", card=card.model_dump())
+    session.add(made)
     session.flush()
+    return made
 
 
 def _source(session: Session, place: Place, d_sae: int) -> Source:
