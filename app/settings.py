@@ -130,6 +130,12 @@ class Settings(BaseSettings):
     max_running_jobs_per_owner: int = Field(
         default=0, ge=0, description="Jobs of one owner that may run at once; 0 sets no limit."
     )
+    tensorboard_dir: str = Field(
+        default="", description="Where the trainer writes jobs' curves as TensorBoard event files; empty writes none."
+    )
+    wandb_project: str = Field(
+        default="", max_length=128, description="Weights & Biases project that gets jobs' curves; empty sends none."
+    )
     metrics_token: str = Field(
         default="",
         repr=False,

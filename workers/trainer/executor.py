@@ -34,7 +34,7 @@ from app import db, jobqueue, jobs, lockfile, log
 from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
-from workers.trainer import joblog, kinds
+from workers.trainer import joblog, kinds, tracking
 from workers.trainer.kinds import Cancelled, JobContext, JobKind, Paused, Superseded
 
 APPLICATION = "sae-atlas"
@@ -157,6 +157,7 @@ class Runner:
             _logger.info("job started", kind=job.kind, trainer=self.executor)
             return self._run(job)
         finally:
+            tracking.close(self.settings, job_id)
             self.busy, self.freed = False, True
             structlog.contextvars.unbind_contextvars("job")
 

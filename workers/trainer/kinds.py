@@ -21,6 +21,7 @@ from app import log
 from app.errors import BadInput
 from app.settings import Settings
 from app.tables import Job, JobMetric, JobState
+from workers.trainer import tracking
 
 REPORT_SECONDS = 0.5
 """Progress is written, and a cancel request looked for, at most this often."""
@@ -103,6 +104,11 @@ class JobContext:
         """Write one point of the job's curves; the same step again replaces it."""
         with self.sessions.begin() as session:
             session.merge(JobMetric(job_id=self.job_id, step=step, values=values))
+        tracking.publish(self.settings, self.job_id, self.spec, self._title, step, values)
+
+    def _title(self) -> str:
+        with self.sessions() as session:
+            return session.scalar(select(Job.title).where(Job.id == self.job_id)) or ""
 
     def log(self, event: str, **details: Any) -> None:
         _logger.info(event, job=self.job_id, **details)
