@@ -19,6 +19,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -59,6 +60,10 @@ from app.tokens import Vocabulary, vocabulary
 DOCUMENTS = "documents.jsonl.zst"
 INDEX = "documents.index.json"
 VOCABULARY = "vocabulary.json"
+DATASET = "hf:"
+"""Before the id of a dataset of the hub, where a training names one in place of a corpus."""
+_CHARS_PER_TOKEN = 5
+"""More than English has, so that the text suffices."""
 IMPORTED = "imported"
 """The tokenizer of evidence that came without its model: tokens are strings with a vocabulary of their own."""
 _FRAME_BYTES = 2**22
@@ -171,6 +176,31 @@ def add(session: Session, settings: Settings, spec: CorpusSpec, report: Report |
         limits=Limits(spec.max_documents, spec.max_chars, settings.max_corpus_bytes),
         report=report,
     )
+
+
+def dataset_asked(name: str, n_tokens: int, held_out: float) -> CorpusSpec | None:
+    """Return what to store where a training names `hf:OWNER/NAME` or `hf:OWNER/NAME:CONFIG`; None for a corpus' name.
+
+    As much text as gives the tokens with some to spare. Raises BadInput for what is no dataset's id.
+    """
+    if not name.startswith(DATASET):
+        return None
+    repo, _, config = name.removeprefix(DATASET).partition(":")
+    Dataset(repo, config).checked()
+    n_chars = math.ceil(n_tokens / (1 - held_out)) * _CHARS_PER_TOKEN
+    called = usable_name("-".join(filter(None, [repo, config, f"{math.ceil(n_chars / 10**6)}M"])))
+    return CorpusSpec.model_validate({"name": called, "dataset": repo, "config": config, "max_chars": n_chars})
+
+
+def of_dataset(session: Session, wanted: CorpusSpec) -> Corpus | None:
+    """Return a stored corpus of that dataset with as much text, or all there is of it."""
+    for corpus in corpora(session):
+        origin = corpus.origin
+        same = (origin.get("hf_dataset"), origin.get("config") or "") == (wanted.dataset, wanted.config)
+        enough = max(corpus.n_chars, int(origin.get("max_chars") or 0)) >= wanted.max_chars
+        if same and enough and origin.get("split") == wanted.split and corpus.n_chars:
+            return corpus
+    return None
 
 
 def check(spec: CorpusSpec) -> None:

@@ -23,6 +23,7 @@ from app.catalog import ModelEntry
 from app.errors import AtlasError, BadInput
 from app.protocol import ModelCard
 from app.settings import Settings
+from app.specs import CorpusSpec
 from app.tables import Corpus, Job, JobState, Source
 from app.trainplan import Estimate, Speed
 from app.trainspecs import SaeSpec, TrainSpec
@@ -92,9 +93,8 @@ def read(fields: Mapping[str, Any]) -> TrainSpec:
 
 def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
     """Return what a training takes. Raises BadSpec for what the catalog or this machine does not allow."""
-    entry, corpus = _catalogued(session, settings, spec)
-    card = entry.card
-    available, counted = _available(settings, corpus, card)
+    entry, text = _catalogued(session, settings, spec)
+    card, available, counted = entry.card, text.n_tokens, text.counted
     n_contexts = available // max(spec.context_size - (card.bos_token_id is not None), 1)
     n_train = int(n_contexts * (1 - spec.held_out))
     speed = trainplan.measured_speed(job.result for job in _finished(session) if _is_telling(session, job))
@@ -102,10 +102,10 @@ def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.data_dir).free
     memory = memory_limit(session, settings)
-    faults = [*_too_little(spec, n_train), *_too_much(takes, free, memory)]
+    faults = [*_too_little(spec, n_train), *_too_much(takes, free - text.n_bytes, memory)]
     if faults:
         raise BadSpec(faults)
-    notes = tuple(_notes(session, settings, spec, entry, n_train))
+    notes = (*text.notes, *_notes(session, settings, spec, entry, n_train))
     return Outlook(spec, takes, speed, available, counted, free, memory, notes)
 
 
@@ -185,22 +185,52 @@ def _shown(given: object) -> str:
 # What catalog and machine say to it --------------------------------------------------------------------------------
 
 
-def _catalogued(session: Session, settings: Settings, spec: TrainSpec) -> tuple[ModelEntry, Corpus]:
+@dataclass(frozen=True)
+class _Text:
+    """What there is to read."""
+
+    n_tokens: int
+    counted: bool
+    n_bytes: int = 0
+    """Disk that it takes before it can be read."""
+    notes: tuple[str, ...] = ()
+
+
+def _catalogued(session: Session, settings: Settings, spec: TrainSpec) -> tuple[ModelEntry, _Text]:
     faults: list[Fault] = []
     entry = _or_fault(faults, "model", lambda: _model(session, settings, spec.model))
-    corpus = _or_fault(faults, "corpus", lambda: corpora.corpus_named(session, _plain(spec.corpus)))
+    wanted = _or_fault(faults, "corpus", lambda: corpora.dataset_asked(spec.corpus, spec.n_tokens, spec.held_out))
+    text: _Text | None = None
     if entry is not None:
         faults += [*_misfits(spec, entry.card, settings), *_taken(session, settings, spec)]
-    if (
-        entry is not None
-        and corpus is not None
-        and not corpora.can_be_read(settings, corpus, entry.card.tokenizer_hash)
-    ):
-        text = f"{corpus.name} came as tokens of another tokenizer; {entry.card.id} cannot read it. Add its text."
-        faults.append(Fault("corpus", text))
-    if faults or entry is None or corpus is None:
+    if not any(fault.field == "corpus" for fault in faults):
+        card = entry.card if entry else None
+        text = _or_fault(faults, "corpus", lambda: _text(session, settings, spec, wanted, card))
+    if text is not None and text.n_bytes // 2 > settings.max_corpus_bytes:
+        needs = f"The text for it is about {present.size(text.n_bytes // 2)}; a corpus may have"
+        most = f"{present.size(settings.max_corpus_bytes)} (SAE_ATLAS_MAX_CORPUS_BYTES)."
+        faults.append(Fault("n_tokens", f"{needs} {most}"))
+    if faults or entry is None or text is None:
         raise BadSpec(faults)
-    return entry, corpus
+    return entry, text
+
+
+def _text(
+    session: Session, settings: Settings, spec: TrainSpec, wanted: CorpusSpec | None, card: ModelCard | None
+) -> _Text:
+    """What a training will read. Raises NotFound or BadInput for a corpus that cannot be read."""
+    stored = corpora.of_dataset(session, wanted) if wanted is not None else None
+    if wanted is not None and stored is None:
+        told = f"{wanted.dataset} is streamed from the hub first, {wanted.max_chars:,} characters into a corpus "
+        # Text and tokens.
+        return _Text(wanted.max_chars // CHARS_PER_TOKEN, False, 2 * wanted.max_chars, (f"{told}{wanted.name}.",))
+    corpus = stored or corpora.corpus_named(session, _plain(spec.corpus))
+    if card is None:
+        return _Text(0, False)
+    if not corpora.can_be_read(settings, corpus, card.tokenizer_hash):
+        raise BadInput(f"{corpus.name} came as tokens of another tokenizer; {card.id} cannot read it. Add its text.")
+    n_tokens, counted = _available(settings, corpus, card)
+    return _Text(n_tokens, counted, notes=(f"{spec.corpus} is here as {corpus.name}.",) if stored else ())
 
 
 def _model(session: Session, settings: Settings, model_id: str) -> ModelEntry:

@@ -22,6 +22,7 @@ HOOK_PATTERN = (
     r"|attn\.hook_z|mlp\.hook_in)$"
 )
 HookName = Annotated[str, Field(pattern=HOOK_PATTERN)]
+_PLAIN = r"^[^\x00-\x1f\x7f]*$"
 MAX_SAES = 64
 MAX_TOKENS = 10**11
 MAX_STEPS = 10**9
@@ -327,10 +328,12 @@ class SaeSpec(Spec):
 class TrainSpec(Spec):
     """Train SAEs on one pass of a model over some text, evaluate them and put them into the catalog."""
 
-    model: str = Field(max_length=200, description="Model id in the catalog.")
+    model: str = Field(max_length=200, pattern=_PLAIN, description="Model id in the catalog.")
     corpus: str = Field(
         max_length=200,
-        description="Corpus in the catalog. A hub dataset becomes one with `sae-atlas corpus add hf:OWNER/NAME`.",
+        pattern=_PLAIN,
+        description="Corpus in the catalog; or `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG`, for a dataset of the Hugging "
+        "Face hub, of whose column `text` the job first stores as much as the tokens need.",
     )
     saes: tuple[SaeSpec, ...] = Field(
         min_length=1,

@@ -112,7 +112,14 @@ def test_presets_and_the_schema_tell_what_can_be_asked(client: TestClient) -> No
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown model": ({"model": "nobody"}, "model", "nobody"),
     "an unknown corpus": ({"corpus": "none"}, "corpus", "There is no corpus 'none'; there are: made"),
-    "NUL in a name": ({"corpus": "made\0x"}, "corpus", "There is no corpus 'madex'"),
+    "NUL in a name": ({"corpus": "made\0x"}, "corpus", "pattern"),
+    "no dataset's id": ({"corpus": "hf:../../etc"}, "corpus", "is no dataset of the hub; write owner/name"),
+    "an address for a dataset": ({"corpus": "hf:http://169.254.169.254/"}, "corpus", "'//169.254.169.254/' cannot be"),
+    "a dataset too large": (
+        {"corpus": "hf:a/b", "n_tokens": 10**11},
+        "n_tokens",
+        "about 490.2 GiB; a corpus may have 64.0 GiB (SAE_ATLAS_MAX_CORPUS_BYTES)",
+    ),
     "half a character": ({"model": "\ud800"}, "model", ""),
     "a layer that is not there": ({"hook_name": "blocks.3.hook_resid_post"}, "hook_name", "tiny has layers 0 to 2"),
     "a layer far away": ({"hook_name": "blocks.9999.hook_z"}, "hook_name", "pattern"),
@@ -257,6 +264,28 @@ def test_an_sae_of_somebody_else_s_is_not_replaced_and_one_s_own_is(
     catalog_session.commit()
     answer = client.post("/api/train/estimate", json=SPEC | {"set_name": "demo"})
     assert "1-demo is in the catalog already: the end of this training replaces it." in answer.json()["notes"]
+
+
+def test_a_dataset_of_the_hub_is_estimated_before_it_is_here_and_found_when_it_is(
+    client: TestClient, catalog_session: Session
+) -> None:
+    asked = SPEC | {"corpus": "hf:some/texts:en", "held_out": 0.2}
+    told = client.post("/api/train/estimate", json=asked).json()
+    assert (told["availableTokens"], told["counted"]) == (3125, False)
+    assert told["notes"][0] == (
+        "some/texts is streamed from the hub first, 12,500 characters into a corpus some-texts-en-1M."
+    )
+    corpus = catalog_session.scalars(select(Corpus)).one()
+    corpus.origin = {"hf_dataset": "some/texts", "config": "en", "split": "train", "max_chars": 12_000}
+    catalog_session.commit()
+    assert "streamed" in client.post("/api/train/estimate", json=asked).json()["notes"][0], "it has too little"
+    corpus.origin = {**corpus.origin, "max_chars": 20_000}
+    catalog_session.commit()
+    told = client.post("/api/train/estimate", json=asked).json()
+    assert (told["availableTokens"], told["counted"]) == (37, True)
+    assert told["notes"][0] == "hf:some/texts:en is here as made."
+    other = client.post("/api/train/estimate", json=asked | {"corpus": "hf:some/texts"}).json()
+    assert "streamed" in other["notes"][0], "another configuration"
 
 
 def test_a_corpus_of_another_tokenizer_s_tokens_is_refused(client: TestClient, catalog_session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from app import corpora, db, documents, jobs
 from app.corpora import Stream
 from app.errors import TooLarge
 from app.settings import Settings
-from app.tables import Job, JobMetric, JobState, Model, Source
+from app.tables import Corpus, Job, JobMetric, JobState, Model, Source
 from app.trainplan import Part, Window
 from app.trainspecs import TrainSpec
 from tests.tiny import TEXT, Tiny
@@ -162,6 +163,29 @@ def test_steps_done_twice_and_resumed_give_the_same_weights(settings: Settings) 
     kind.finish(second)
     for name, tensor in weights(second).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_dataset_of_the_hub_becomes_a_corpus_once_and_the_next_training_finds_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory of that name stands in for the hub: the same loader reads it."""
+    (tmp_path / "some" / "texts").mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    rows = [{"text": " ".join(rng.choice(TEXT.split(), 300))} for _ in range(60)]
+    (tmp_path / "some" / "texts" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    asked = SPEC | {"corpus": "hf:some/texts", "epochs": 1, "harvest_tokens": 1_000}
+    made = context(settings, asked)
+    run(made)
+    with made.sessions() as session:
+        corpus = session.scalars(select(Corpus).where(Corpus.name == "some-texts-1M")).one()
+        source = session.scalars(select(Source)).one()
+        harvest = session.scalars(select(Job).where(Job.kind == "harvest")).one()
+    assert (corpus.origin["hf_dataset"], corpus.n_chars) == ("some/texts", 5 * 7_500)
+    assert source.origin["corpus"] == {"name": corpus.name, "hash": corpus.hash}
+    assert (source.origin["spec"]["corpus"], harvest.spec["corpus"]) == (corpus.name, corpus.name)
+    (tmp_path / "some" / "texts" / "train.jsonl").unlink()
+    run(context(settings, asked | {"n_tokens": 5_000, "set_name": "again"}))
 
 
 def test_a_trainer_killed_in_mid_step_ends_with_the_weights_of_an_uninterrupted_run(settings: Settings) -> None:

@@ -5,6 +5,7 @@ checkpoint an SAE with weights, moments and counters. The order of the data depe
 ends with the same bits. Each SAE goes on from its own checkpoint, whichever of them a crash left behind.
 
     jobs/{id}/plan.json             what was decided at the start (app.trainplan)
+             /corpus.json            the corpus that a dataset of the hub became
              /norms.json            scales and limits of each hook, from the first shard
              /{source}.safetensors  checkpoints
              /{source}.metrics.json, sae/{source}/       at the end
@@ -136,7 +137,7 @@ class Run:
     @classmethod
     def begin(cls, context: JobContext) -> Run:
         """Decide what depends on the state of the disk, once, and judge whether the job can run at all."""
-        spec = TrainSpec(**context.spec)
+        spec = _with_text(context, TrainSpec(**context.spec))
         text = _text(context, spec)
         for sae in spec.saes:
             for hook in sae.hooks:
@@ -153,7 +154,7 @@ class Run:
 
     @classmethod
     def resume(cls, context: JobContext) -> Run:
-        spec = TrainSpec(**context.spec)
+        spec = _with_text(context, TrainSpec(**context.spec))
         text = _text(context, spec)
         card, n_train = text.model.card, _n_train(spec, text)
         cached = bool(json.loads((context.directory / "plan.json").read_text())["cached"])
@@ -379,6 +380,20 @@ def _n_train(spec: TrainSpec, text: Text) -> int:
 def _place(text: str) -> tuple[int, int]:
     number, _, total = text.partition("/")
     return int(number) - 1, int(total)
+
+
+def _with_text(context: JobContext, spec: TrainSpec) -> TrainSpec:
+    """Return the spec with a corpus of the catalog: a dataset of the hub becomes one at the job's start."""
+    wanted = corpora.dataset_asked(spec.corpus, spec.n_tokens, spec.held_out)
+    if wanted is None:
+        return spec
+    file = context.directory / "corpus.json"
+    if not file.exists():
+        with context.sessions.begin() as session:
+            stored = corpora.of_dataset(session, wanted)
+            name = (stored or corpora.add(session, context.settings, wanted, context.report)).name
+        _write_json(file, {"name": name})
+    return spec.model_copy(update={"corpus": json.loads(file.read_text())["name"]})
 
 
 def _text(context: JobContext, spec: TrainSpec) -> Text:
