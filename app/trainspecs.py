@@ -157,7 +157,11 @@ class SaeSpec(Spec):
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's memory of the gradient; 0.9, or 0 for jumprelu.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's memory of its square; 0.999.")
     max_grad_norm: float = Field(
-        1.0, gt=0, description="Gradients are scaled down to this norm; 1. The loss is in units of the variance."
+        0.01,
+        gt=0,
+        description="Gradients are scaled down to this norm; 0.01, with the loss in units of the variance, holds "
+        "nearly every step to it, so that Adam weighs late steps as much as the first. 1 leaves most as they are and "
+        "learns more slowly.",
     )
     dead_after_tokens: int = Field(
         200_000,

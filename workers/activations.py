@@ -27,12 +27,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from app.corpora import Stream
+from app.errors import AtlasError
 from app.trainplan import Part, Window
 from workers.language_model import LanguageModel
 
 TOKENS_PER_FORWARD = 2048
+POWER_FILE = "power.json"
 
 Rows = npt.NDArray[np.int64]
+
+
+class NotFinite(AtlasError):
+    """The model gave activations that are no numbers."""
+
+    status = 422
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,11 @@ def _in_bfloat16(text: Text) -> tuple[LanguageModel, Stream]:
 def _write(shard: Shard, x: Float[Tensor, "row d"]) -> None:
     shard.directory.mkdir(parents=True, exist_ok=True)
     norms = x.norm(dim=-1)
+    if n_broken := int((~norms.isfinite()).sum()):
+        raise NotFinite(
+            f"The activations at {shard.directory.name} are not finite on {n_broken:,} of {len(x):,} tokens. Look at "
+            "the model and its precision there, or train at another hook."
+        )
     scaled = (x * power_of(shard.directory, norms, x.shape[1])).clamp(-65504, 65504).half().numpy()
     _save(shard.file, scaled)
     _save(shard.norms_file, norms.numpy())
@@ -168,7 +181,7 @@ def _save(file: Path, array: npt.NDArray[np.generic]) -> None:
 
 def power_of(directory: Path, norms: Tensor | None = None, d: int = 0) -> float:
     """Return the power of two that a hook's stored rows are multiplied by; the first shard written sets it."""
-    file = directory / "power.json"
+    file = directory / POWER_FILE
     if not file.exists():
         assert norms is not None
         power = 2.0 ** round(math.log2(d**0.5 / max(float(norms.median()), 1e-30)))

@@ -128,7 +128,7 @@ def _past(share: float, job: Job) -> bool:
     return job.status.startswith("step") and job.done > share
 
 
-@pytest.mark.parametrize("cache", ["buffer"])
+@pytest.mark.parametrize("cache", ["buffer", "disk"])
 def test_a_trainer_killed_twice_ends_with_the_weights_of_an_uninterrupted_run(settings: Settings, cache: str) -> None:
     both = [
         {"architecture": "standard", "set_name": "s", **OWN["standard"], "dead_after_tokens": 500},

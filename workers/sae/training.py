@@ -337,7 +337,9 @@ class TopK(Objective):
     aux_coefficient: float
 
     def _initial_encoder(self, W_dec: Tensor, generator: torch.Generator) -> Tensor:
-        return W_dec.clone()
+        # The k largest of many random rows overlap: decoded with the plain transpose they overshoot x, and the first
+        # hundred steps go into undoing that, the more so since decoder rows cannot shrink.
+        return W_dec / 2
 
     def losses(self, weights: Weights, x: Tensor, target: Tensor, dead: Tensor, warmth: float) -> Losses:
         centred, bias = _centred(weights, x)
@@ -393,7 +395,7 @@ class BatchTopK(TopK):
     """acts = ReLU(pre_acts) of the k * batch largest of a whole batch; AuxK. Bussmann et al. 2024.
 
     In use each text stands alone, so the SAE becomes a JumpReLU whose threshold is a running mean of the least
-    activation kept. It starts at the first batch's; sae-lens' starts at 0.
+    activation kept. It starts at the first batch's and follows faster in the first steps; sae-lens' starts at 0.
     """
 
     architecture = "batchtopk"

@@ -77,7 +77,8 @@ class Learner:
     def _of(
         cls, spec: SaeSpec, objective: Objective, step: int, tensors: Mapping[str, Tensor], since: Tensor
     ) -> Learner:
-        weights = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+        # In one order, also from a file: the gradient's norm is a sum over them, and its last bit depends on the order.
+        weights = {name: torch.nn.Parameter(tensors[name]) for name in sorted(tensors)}
         betas = (spec.adam_beta1, spec.adam_beta2)
         optimiser = torch.optim.Adam(weights.values(), lr=spec.lr, betas=betas, fused=True)
         return cls(spec, objective, step, weights, optimiser, since)
@@ -136,8 +137,9 @@ class Learner:
         self.tokens_since_active += n_tokens
         self.tokens_since_active[losses.fired] = 0
         if losses.least is not None and self.spec.threshold_lr is not None:
-            least, rate = float(losses.least), self.spec.threshold_lr
-            self.threshold = least if self.threshold == 0 else (1 - rate) * self.threshold + rate * least
+            # Over the last quarter of the steps while these are few: early activations are smaller.
+            rate = max(self.spec.threshold_lr, 4 / (self.step + 4))
+            self.threshold += rate * (float(losses.least) - self.threshold)
 
     @torch.no_grad()
     def _resample(self, losses: Losses, x: Tensor, n_steps: int) -> None:
