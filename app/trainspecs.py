@@ -384,6 +384,13 @@ class TrainSpec(Spec):
         "auto",
         description="Of the large matrix products; weights stay in float32. auto is bfloat16 where it is faster.",
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that share each batch, on one machine: as many as it has GPUs for a wide SAE, "
+        "else 1. batchtopk and matryoshka_batchtopk then choose their k latents a token within each share.",
+    )
     steps_per_checkpoint: int = Field(
         40, ge=1, le=MAX_STEPS, description="Optimiser steps between checkpoints; seconds of work."
     )
@@ -436,6 +443,11 @@ class TrainSpec(Spec):
         names = [sae.source for sae in self.saes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two SAEs would be called {twice[0]}; give them different values of set_name")
+        if self.batch_size < 8 * self.processes:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, too small to be shared by {self.processes} processes; "
+                f"it must be at least {8 * self.processes}"
+            )
         if self.buffer_tokens < 8 * self.batch_size and self.cache == "buffer":
             raise ValueError(
                 f"buffer_tokens is {self.buffer_tokens:,}, which holds fewer than 8 batches of {self.batch_size:,}; "

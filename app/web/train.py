@@ -70,6 +70,7 @@ _LABELS = {
     "max_norm_ratio": "norm limit",
     "held_out": "held out",
     "buffer_tokens": "buffer, tokens",
+    "processes": "processes",
     "steps_per_checkpoint": "checkpoint every, steps",
     "evaluate_every_steps": "look every, steps",
     "n_eval_tokens": "evaluation, tokens",

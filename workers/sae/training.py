@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from workers.sae import sparse
+from workers.sae import across, sparse
 
 Weights = Mapping[str, Tensor]
 
@@ -116,7 +116,8 @@ class Objective:
 
 
 def _variance(x: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
-    return (x - x.mean(dim=0)).square().sum(dim=-1).mean().clamp_min(1e-12)
+    """About the mean, of the whole batch where several processes share it."""
+    return across.mean_of_rows((x - across.mean_of_rows(x)).square().sum(dim=-1)).clamp_min(1e-12)
 
 
 def _centred(weights: Weights, x: Tensor, bias: str = "b_enc") -> tuple[Tensor, Tensor]:

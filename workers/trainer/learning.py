@@ -18,6 +18,7 @@ from torch import Tensor
 
 from app.errors import AtlasError
 from app.trainspecs import SaeSpec
+from workers.sae import across
 from workers.sae.training import (
     OBJECTIVES,
     Folded,
@@ -108,7 +109,11 @@ class Learner:
     def learn(
         self, x: Tensor, target: Tensor, n_steps: int, precision: torch.dtype, *, measure: bool
     ) -> dict[str, float] | None:
-        """Take one optimiser step on a batch of normalised activations; return its metrics where they are asked for."""
+        """Take one optimiser step on a batch of normalised activations; return its metrics where they are asked for.
+
+        Where several processes train together, each is given the whole batch and learns from its share of it.
+        """
+        n_rows, x, target = len(x), across.share(x), across.share(target)
         lr, warmth = learning_rate(self.step, n_steps, self.spec), penalty_warmth(self.step, self.spec)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
@@ -118,10 +123,13 @@ class Learner:
             losses = self.objective.losses(cast(dict[str, Tensor], self.weights), x, target, treated, warmth)
         if not torch.isfinite(losses.total):
             raise Diverged(_cause(self, losses, x, target, lr))
-        losses.total.backward()
+        # Shares differ by a row: weighted by theirs, the processes' mean is that of the whole batch.
+        (losses.total * (len(x) * across.size() / n_rows)).backward()
+        across.average(parameter.grad for parameter in self.weights.values())
+        losses = _of_all(losses, len(x) / n_rows)
         norm = self._update()
-        self._count(losses, len(x))
-        self._resample(losses, x, n_steps)
+        self._count(losses, n_rows)
+        self._resample(losses, x, n_rows, n_steps)
         self.step += 1
         return self._metrics(losses, dead, lr, warmth, norm) if measure else None
 
@@ -142,7 +150,7 @@ class Learner:
             self.threshold += rate * (float(losses.least) - self.threshold)
 
     @torch.no_grad()
-    def _resample(self, losses: Losses, x: Tensor, n_steps: int) -> None:
+    def _resample(self, losses: Losses, x: Tensor, n_rows: int, n_steps: int) -> None:
         every = self.spec.resample_every_steps
         if self.spec.treatment != "resample" or not every or (self.step + 1) % every:
             return
@@ -151,7 +159,8 @@ class Learner:
             return
         generator = torch.Generator().manual_seed(self.spec.seed * 1_000_003 + self.step)
         weights = {name: parameter.detach() for name, parameter in self.weights.items()}
-        for name, tensor in resampled(weights, dead, losses.error, x, generator).items():
+        error, read = across.gathered(losses.error, n_rows), across.gathered(x, n_rows)
+        for name, tensor in resampled(weights, dead, error, read, generator).items():
             self.weights[name].copy_(tensor)
             if tensor.shape[:1] == dead.shape:
                 for moment in ("exp_avg", "exp_avg_sq"):
@@ -170,6 +179,25 @@ class Learner:
             **{f"{name}_penalty": float(value / losses.variance) for name, value in losses.penalties.items()},
             **({"coefficient": coefficient * warmth} if coefficient is not None else {}),
         }
+
+
+def _of_all(losses: Losses, share: float) -> Losses:
+    """Return the losses of the whole batch, of which this process has a share."""
+    if across.size() == 1:
+        return losses
+    told = {"total": losses.total.detach(), "mse": losses.mse, "l0": losses.l0.float(), **losses.penalties}
+    means = {name: value.clone() * (share * across.size()) for name, value in told.items()}
+    across.average(means.values())
+    least = torch.tensor(torch.inf) if losses.least is None else losses.least.cpu()
+    least = -across.largest(-least.to(losses.mse.device))
+    return losses._replace(
+        total=means["total"],
+        mse=means["mse"],
+        l0=means["l0"],
+        penalties={name: means[name] for name in losses.penalties},
+        fired=across.largest(losses.fired),
+        least=least if bool(least.isfinite()) else None,
+    )
 
 
 def objective_of(spec: SaeSpec, d_in: int, d_out: int) -> Objective:

@@ -32,21 +32,24 @@ import torch
 from sqlalchemy.orm import Session
 
 from app import corpora, curves, harvests, jobs, trainplan, visibility, weights
-from app.errors import TooLarge
+from app.errors import BadInput, TooLarge
 from app.specs import HarvestSpec
 from app.tables import Source
 from app.trainplan import Plan, Window
 from app.trainspecs import SaeSpec, TrainSpec
 from workers import checkpoints
-from workers.activations import Norms, Rows, Shard, Text, WindowReader, norms_of, write_shards
+from workers.activations import POWER_FILE, Norms, Rows, Shard, Text, WindowReader, norms_of, write_shards
 from workers.corpora import tokenised
 from workers.device import device_of
-from workers.trainer import caches, loaded, watching
+from workers.sae import across
+from workers.trainer import caches, loaded, together, watching
 from workers.trainer.evaluate import evaluate
 from workers.trainer.kinds import JobContext, JobKind
 from workers.trainer.learning import Learner, fast_precision
 
 STEPS_PER_METRIC = 10
+TOGETHER = "optimise together"
+"""The one step in which several processes do all learning steps; it goes on from the checkpoints."""
 _KEPT = (curves.SNAPSHOTS,)
 
 
@@ -58,18 +61,14 @@ class Train(JobKind):
 
     def plan(self, context: JobContext) -> list[str]:
         run = Run.begin(context)
-        steps = run.plan.n_steps
-        if run.plan.cached:
-            n_shards, n_chunks = len(run.plan.shards), -(-steps // run.spec.steps_per_checkpoint)
-            names = [f"activations {i + 1}/{n_shards}" for i in range(n_shards)]
-            names += [f"optimise {i + 1}/{n_chunks}" for i in range(n_chunks)]
-        else:
-            n_windows = len(run.plan.windows)
-            names = [f"window {i + 1}/{n_windows}" for i in range(n_windows)]
+        names = run.learning_steps() if run.spec.processes == 1 else [TOGETHER]
         n_saes = len(run.spec.saes)
         return [*names, *(f"evaluate {i + 1}/{n_saes}" for i in range(n_saes))]
 
     def run(self, context: JobContext, step: str) -> None:
+        if step == TOGETHER:
+            together.run(context)
+            return
         run = Run.resume(context)
         match step.split():
             case ["activations", place]:
@@ -142,6 +141,7 @@ class Run:
         for sae in spec.saes:
             for hook in sae.hooks:
                 text.model.hook_size(hook)  # raises BadInput for a hook that the model does not have
+        _check_processes(spec, device_of(context.settings))
         n_train = _n_train(spec, text)
         plan = trainplan.plan(spec, text.model.card, context.settings.cache_bytes, n_train)
         if plan.n_steps == 0:
@@ -167,12 +167,22 @@ class Run:
                 context.settings, card.hash, corpus_hash, card.tokenizer_hash, spec.context_size, n_train, "bfloat16"
             )
             n_rows = plan.n_contexts * trainplan.tokens_per_context(spec)
-            caches.use(context, directory, n_rows * trainplan.row_bytes(spec, card))
+            if across.leads():
+                caches.use(context, directory, n_rows * trainplan.row_bytes(spec, card))
         else:
             directory = context.directory / "buffer"
         file = context.directory / "spent.json"
         spent = Spent(**json.loads(file.read_text())) if file.exists() else Spent()
         return cls(context, spec, text, plan, rows, held_out, directory, spent)
+
+    def learning_steps(self) -> list[str]:
+        """Names of what comes before the evaluation."""
+        if not self.plan.cached:
+            n_windows = len(self.plan.windows)
+            return [f"window {i + 1}/{n_windows}" for i in range(n_windows)]
+        n_shards, n_chunks = len(self.plan.shards), -(-self.plan.n_steps // self.spec.steps_per_checkpoint)
+        names = [f"activations {i + 1}/{n_shards}" for i in range(n_shards)]
+        return names + [f"optimise {i + 1}/{n_chunks}" for i in range(n_chunks)]
 
     @property
     def device(self) -> str:
@@ -183,7 +193,14 @@ class Run:
         return {hook: Shard(self.directory / hook, number, stop - start) for hook in self.spec.hooks}
 
     def read_shard(self, number: int, what: str) -> None:
-        """Make the shard, unless it is there; a look at it tells the scales where it is the first."""
+        """Make the shard, unless it is there; a look at it tells the scales where it is the first.
+
+        Several processes take shards in turn: the rows are there when all have passed across.wait().
+        """
+        if number % across.size() != across.rank():
+            return
+        if number and not self._has_powers():
+            self.read_shard(0, what)
         start, stop = self.plan.shards[number]
         began = time.monotonic()
         n_tokens = (stop - start) * self.spec.context_size
@@ -198,13 +215,18 @@ class Run:
             self.spent.forward_flops += n_tokens * trainplan.forward_flops(self.spec, self.text.model.card)
             self._save_spent()
 
+    def _has_powers(self) -> bool:
+        """Whether the first shard has set what rows are multiplied by; not so where the cache was deleted meanwhile."""
+        return all((self.directory / hook / POWER_FILE).exists() for hook in self.spec.hooks)
+
     def norms(self) -> dict[str, Norms]:
         """Scales and limits of all hooks, measured on the first shard and then kept."""
         file = self.context.directory / "norms.json"
-        if not file.exists():
+        if across.leads() and not (file.exists() and self._has_powers()):
             self.read_shard(0, "activations")
             found = {hook: norms_of(shard, self.spec.max_norm_ratio) for hook, shard in self.shards(0).items()}
             _write_json(file, {hook: asdict(norms) for hook, norms in found.items()})
+        across.wait()
         return {hook: Norms(**told) for hook, told in json.loads(file.read_text()).items()}
 
     def optimise_chunk(self, number: int) -> None:
@@ -228,7 +250,7 @@ class Run:
             self._learn(learners, norms, window, window.first_step, window.end, (window.first_step, window.end))
             self._save(learners)
         later = {part.shard for after in self.plan.windows[number + 1 : number + 2] for part in after.parts}
-        for shard in needed - later:
+        for shard in needed - later if across.leads() else ():
             for part in self.shards(shard).values():
                 part.remove()
 
@@ -244,6 +266,7 @@ class Run:
         """Take steps begin..stop of a window with every SAE that has not taken them."""
         for number in sorted({part.shard for part in window.parts}):
             self.read_shard(number, "activations of window")
+        across.wait()
         shards = {part.shard: self.shards(part.shard) for part in window.parts}
         reader = _reader(self.context.directory, window, shards, norms, self.spec.data_seed)
         precision = _precision(self.spec, self.device)
@@ -264,7 +287,7 @@ class Run:
             taken += 1
             seconds = time.monotonic() - began
             speed = taken * self.spec.batch_size / seconds
-            if (step + 1) % self.spec.evaluate_every_steps == 0 or last:
+            if across.leads() and ((step + 1) % self.spec.evaluate_every_steps == 0 or last):
                 metrics |= self._look(learners, norms, step + 1)
             if metrics:
                 metrics |= {
@@ -327,12 +350,15 @@ class Run:
     def _save(self, learners: list[Learner]) -> None:
         for learner in learners:
             path = self.checkpoint(learner.spec)
-            learner.save(path)
+            if across.leads():
+                learner.save(path)
+            across.wait()
             _learners[path] = (path.stat().st_mtime_ns, learner, learner.step)
         self._save_spent()
 
     def _save_spent(self) -> None:
-        _write_json(self.context.directory / "spent.json", asdict(self.spent))
+        if across.leads():
+            _write_json(self.context.directory / "spent.json", asdict(self.spent))
 
 
 _learners: dict[Path, tuple[int, Learner, int]] = {}
@@ -370,6 +396,13 @@ def split(spec: TrainSpec, text: Text) -> tuple[Rows, Rows]:
     wanted = min(n_train, -(-spec.n_tokens // trainplan.tokens_per_context(spec)))
     rows = np.random.default_rng([0, 0]).permutation(n_train)[:wanted]
     return rows, np.arange(n_train, n)
+
+
+def _check_processes(spec: TrainSpec, device: str) -> None:
+    if device == "cuda" and spec.processes > (there := torch.cuda.device_count()):
+        raise BadInput(
+            f"processes is {spec.processes}; this trainer's machine has {there} GPUs, and each needs its own."
+        )
 
 
 def _n_train(spec: TrainSpec, text: Text) -> int:
