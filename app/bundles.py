@@ -105,7 +105,7 @@ def export_bundle(
         os.rename(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return _read_manifest(out)
+    return read_manifest(out)
 
 
 def write(session: Session, settings: Settings, model_id: str, name: str, out: Path, report: Report) -> Iterator[Path]:
@@ -140,7 +140,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
 
     Raises BadFile for what is no bundle or was changed, and Conflict when the source's name holds another SAE.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     listed = (*FILES, MAP_FILE) if MAP_FILE in manifest.files else FILES
     for number, file in enumerate(listed):
         report(0.2 * number / len(listed), f"Checking {file}")
@@ -205,7 +205,7 @@ def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus
         corpus=entry,
         harvest=HarvestEntry.model_validate(harvest, from_attributes=True),
         n_features=source.d_sae,
-        files={file: _sha256(out / file) for file in (*FILES, MAP_FILE) if (out / file).exists()},
+        files={file: sha256_of(out / file) for file in (*FILES, MAP_FILE) if (out / file).exists()},
     )
 
 
@@ -240,7 +240,8 @@ def _explanation_lines(session: Session, source: Source) -> Iterator[bytes]:
         yield json.dumps({**line, "created_at": e.created_at.isoformat()}, ensure_ascii=False).encode() + b"\n"
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Return what a bundle says of itself. Raises BadFile for what is no bundle, or of another version."""
     file = path / MANIFEST
     if not file.is_file() or file.stat().st_size > 2**24:
         raise BadFile(f"{path} is no bundle: it holds no {MANIFEST}.")
@@ -261,7 +262,7 @@ def _read_manifest(path: Path) -> Manifest:
 def _check_file(path: Path, file: str, manifest: Manifest) -> None:
     if not (path / file).is_file() or (path / file).is_symlink():
         raise BadFile(f"The bundle lacks {file}.")
-    expected, found = manifest.files.get(file, "nothing"), _sha256(path / file)
+    expected, found = manifest.files.get(file, "nothing"), sha256_of(path / file)
     if expected != found:
         raise BadFile(f"{file} was changed: its sha256 is {found[:16]}…, the manifest says {expected[:16]}….")
 
@@ -384,7 +385,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     for block in _blocks(path):
         digest.update(block)

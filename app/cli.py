@@ -43,6 +43,7 @@ from app import (
     people,
     present,
     relocation,
+    remotes,
     supervisor,
     trainings,
     validations,
@@ -78,6 +79,7 @@ _groups = {
         "corpus": "Text to gather evidence and activations from.",
         "jobs": "Training and harvests in the queue.",
         "user": "People, in team mode.",
+        "remote": "Folders and web addresses of bundles that other people share.",
     }.items()
 }
 for _name, _group in _groups.items():
@@ -954,6 +956,74 @@ def import_sources(
         found = exchange.import_(session, settings, path, report, model, set_name)
         lines = [f"Imported {s.model_id}/{s.name}: {s.d_sae:,} features." for s in found]
     _out.print("\n".join(lines), soft_wrap=True)
+
+
+@_groups["remote"].command("add")
+def add_remote(
+    name: str, place: Annotated[str, typer.Argument(help="A folder with bundles, or the address of its index.json.")]
+) -> None:
+    """Subscribe to the bundles of a folder or web address."""
+    settings = Settings()
+    where = place if "://" in place else str(Path(place).resolve())
+    with _session(settings) as session:
+        remote = remotes.add(session, settings, name, where, settings.owner_name[:64])
+        _out.print(f"{remote.name} offers {len(remote.listing)} bundles: `sae-atlas remote list {remote.name}`.")
+
+
+@_groups["remote"].command("list")
+def list_remotes(
+    name: Annotated[str, typer.Argument(help="List this one's bundles, as they are now.")] = "",
+) -> None:
+    """List remotes, or what one of them offers."""
+    settings = Settings()
+    with _session(settings) as session:
+        if not name:
+            table = _list("name", "place", "bundles", "listed")
+            for remote in remotes.everything(session):
+                at = f"{remote.checked_at:%Y-%m-%d %H:%M}" if remote.checked_at else "never"
+                table.add_row(remote.name, escape(remote.place), str(len(remote.listing)), at)
+            _out.print(table)
+            return
+        remote = remotes.named(session, name)
+        remotes.refresh(session, settings, remote)
+        if remote.problem:
+            _err.print(f"[yellow]It could not be listed:[/] {escape(remote.problem)}", soft_wrap=True)
+        table = _list("bundle", "SAE", "features", "made", "content", "here")
+        for offer in remotes.offers(session, remote):
+            e = offer.entry
+            here = "imported" if offer.imported else "one of that name" if offer.here else "no"
+            sae = escape(f"{e.model}/{e.source}")
+            table.add_row(escape(e.path), sae, f"{e.n_features:,}", escape(e.created_at), e.sha256[:12], here)
+        _out.print(table)
+
+
+@_groups["remote"].command("import")
+def import_from_remote(
+    name: str,
+    bundle: Annotated[str, typer.Argument(help="As `remote list NAME` shows it.")],
+    watch: Annotated[bool, typer.Option(help="Show progress until it ends.")] = False,
+) -> None:
+    """Queue the import of a bundle."""
+    settings = Settings()
+    with _session(settings) as session:
+        job = remotes.queue_import(session, settings, remotes.named(session, name), bundle)
+        job_id, title = job.id, job.title
+    _queued(job_id, title, watch)
+
+
+@_groups["remote"].command("remove")
+def remove_remote(name: str) -> None:
+    """End a subscription; what was imported stays."""
+    with _session(Settings()) as session:
+        remotes.remove(session, name)
+        _out.print(f"{name} is no longer subscribed to.")
+
+
+@_groups["remote"].command("index")
+def index_folder(folder: Path) -> None:
+    """Write the index.json of a folder of bundles, so that any web server can offer them."""
+    entries = remotes.write_index(folder)
+    _out.print(f"{folder / remotes.INDEX} lists {len(entries)} bundles.", soft_wrap=True)
 
 
 # People ----------------------------------------------------------------------------------------------------------

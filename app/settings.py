@@ -107,6 +107,10 @@ class Settings(BaseSettings):
     max_import_bytes: int = Field(
         default=64 * 2**30, ge=1, description="Largest import that a browser may send, packed and unpacked, in bytes."
     )
+    remote_networks: str = Field(
+        default="",
+        description="Private networks that remote catalogs may lie in, such as 10.0.0.0/8, with commas.",
+    )
     max_d_sae: int = Field(default=2**20, ge=1, description="Widest SAE accepted, in latents.")
     cache_bytes: int = Field(
         default=50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes."

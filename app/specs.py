@@ -86,6 +86,8 @@ class ImportSpec(Spec):
     path: str = Field(description="Directory or file that holds it, on the trainer's machine.")
     root: str = Field(description="The upload it belongs to, deleted once it is read.")
     uploaded_as: str = Field("", max_length=200, description="What the upload was called.")
+    url: str = Field(default="", max_length=2000, description="Web address of the bundle, fetched to the path first.")
+    manifest_sha256: str = Field(default="", max_length=64, description="Of the bundle's manifest, as it was chosen.")
     model: str = Field("", max_length=200, description="Model id to import under, where the files' own will not do.")
     set_name: str = Field("", max_length=64, description="Set name to import under.")
 

@@ -521,6 +521,25 @@ class SignIn(Table):
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class Remote(Table):
+    """A folder or web address of bundles that is subscribed to (app.remotes)."""
+
+    __tablename__ = "remotes"
+
+    id: Mapped[Key]
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    place: Mapped[LongText]
+    added_by: Mapped[str] = mapped_column(String(64), default="")
+    created_at: Mapped[Moment]
+    listing: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
+    """remotes.Entry of each bundle, as of `checked_at`."""
+    imported: Mapped[Payload]
+    """Path of a bundle -> sha256 of the manifest whose import was asked for last."""
+    checked_at: Mapped[LaterMoment]
+    problem: Mapped[str] = mapped_column(Text, default="")
+    """Why it could not be listed the last time."""
+
+
 class Invitation(Table):
     """A link by which one person makes an account. Its secret is shown once; here lies the sha256."""
 
