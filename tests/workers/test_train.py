@@ -233,6 +233,28 @@ def wait(context: JobContext, job_id: int, ready: Any, seconds: float = 120) -> 
     raise AssertionError("the job did not get there in time")
 
 
+def test_a_person_in_a_shell_watches_a_training_and_is_led_to_its_saes(settings: Settings, tmp_path: Path) -> None:
+    spec = SPEC | {"k": [2, 4], "epochs": 1, "harvest_tokens": 1_000}
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    environment = os.environ | {"SAE_ATLAS_DATA_DIR": str(settings.data_dir), "SAE_ATLAS_DEVICE": "cpu"}
+    trainer = start(settings)
+    try:
+        command = [sys.executable, "-m", "app.cli", "train", str(tmp_path / "spec.yaml"), "--watch"]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    finally:
+        trainer.terminate()
+        trainer.wait(60)
+    assert said.returncode == 0, said.stdout + said.stderr
+    lines = said.stdout.splitlines()
+    assert lines[0].startswith("About ")
+    assert "SAEs: 1-trained-k2, 1-trained-k4" in lines
+    assert any("Job 1 queued: Train 2 SAEs of tiny" in line for line in lines)
+    assert lines[-2:] == [f"Open http://127.0.0.1:3000/tiny/1-trained-k{k}" for k in (2, 4)], said.stdout
+    made = context(settings, SPEC)
+    with made.sessions() as session:
+        assert {source.name for source in session.scalars(select(Source))} == {"1-trained-k2", "1-trained-k4"}
+
+
 def test_a_loss_that_is_no_number_stops_the_job_with_the_step_and_the_cause() -> None:
     (sae,) = TrainSpec.model_validate(SPEC | {"lr": 1.0, "warmup_steps": 0}).saes
     learner = Learner.fresh(sae, 24, torch.zeros(24))
