@@ -1,142 +1,232 @@
-"""An SAE trained by a person in a browser: the form, the queue, the result with its lineage and its dashboards."""
+"""A training's page while a real trainer trains: it grows without a reload, survives one, warns, and is compared."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
-from playwright.sync_api import Page, expect
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, expect
 
-from app import trainforms, trainings
-from tests.browser.conftest import Demo
+from app import corpora, db, documents, jobs
+from app.protocol import ModelCard
+from app.settings import Settings
+from app.tables import Job, Model
+from app.trainspecs import TrainSpec
+from tests import tiny as world
+from tests.tiny import TEXT
 
-SOON = 180_000
-DONE = 600_000
-SET = "browser"
-
-
-def wait_for_job(demo: Demo, kind: str, title: str) -> dict[str, Any]:
-    """The newest job of a kind once it has ended."""
-    deadline = time.monotonic() + DONE / 1000
-    while time.monotonic() < deadline:
-        found = httpx.get(f"{demo.url}/api/jobs?kind={kind}", timeout=60).json()["jobs"]
-        job = next((job for job in found if title in job["title"]), None)
-        if job is not None and job["state"] not in ("queued", "running"):
-            return job
-        time.sleep(0.5)
-    raise AssertionError(f"no {kind} of {title} ended; {found[:3]}")
-
-
-def outlook_yaml(page: Page) -> dict[str, Any]:
-    return yaml.safe_load(page.locator("#spec-yaml").input_value())
-
-
-def test_a_person_trains_an_sae_and_looks_at_its_features(page: Page, demo_server: Demo) -> None:
-    page.set_default_timeout(SOON)
-    page.goto("/")
-    page.get_by_role("main").get_by_role("link", name="Train an SAE").click()
-    expect(page.get_by_role("heading", name="Train an SAE")).to_be_visible()
-    fill_the_form(page)
-    a_wrong_layer_is_said_live_and_at_its_field(page)
-    page.get_by_role("button", name="Start it").click()
-    page.wait_for_url(re.compile(r"/jobs/\d+$"), timeout=SOON)
-    number = page.url.rpartition("/")[2]
-    page.goto("/jobs")
-    expect(page.locator(f'a[href="/jobs/{number}"]').first).to_be_visible()
-    page.locator(f'a[href="/jobs/{number}"]').first.click()
-    expect(page.locator("#job .state.done")).to_be_visible(timeout=DONE)
-    the_sae_tells_its_lineage(page, number)
-    harvest = wait_for_job(demo_server, "harvest", f"1-{SET}")
-    assert harvest["state"] == "done", harvest
-    its_features_have_examples(page, demo_server)
-    the_same_form_comes_back(page, number)
-    page.goto(f"/{demo_server.model}/1-{SET}")
-    page.get_by_text("Remove this SAE").click()
-    page.get_by_role("button", name=f"Remove 1-{SET} for good").click()
-    page.wait_for_url(f"**/{demo_server.model}", timeout=SOON)
+SECONDS = 180
+LONG: dict[str, Any] = {
+    "model": "tiny",
+    "corpus": "c",
+    "hook_name": "blocks.1.hook_resid_post",
+    "set_name": "long",
+    "d_sae": 48,
+    "k": [3, 6],
+    "context_size": 16,
+    "n_tokens": 6_000,
+    "epochs": 100,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "aux_k": 8,
+    "dead_after_tokens": 2_000,
+    "evaluate_every_steps": 500,
+    "n_eval_tokens": 1_000,
+    "held_out": 0.2,
+}
+BAD: dict[str, Any] = {
+    **{name: value for name, value in LONG.items() if name not in ("k", "aux_k")},
+    "set_name": "bad",
+    "architecture": "standard",
+    "l1_coefficient": 5_000.0,
+    "l1_warmup_steps": 0,
+    "epochs": 2,
+    "evaluate_every_steps": 100,
+}
 
 
-def fill_the_form(page: Page) -> None:
-    """Fields follow the architecture, and what it will take follows the fields."""
-    page.get_by_role("link", name="Quick try").click()
-    page.get_by_label("k, active latents").wait_for()
-    page.get_by_label("architecture").select_option("standard")
-    expect(page.get_by_label("k, active latents")).to_be_hidden()
-    expect(page.get_by_label("L1 coefficient")).to_be_visible()
-    page.get_by_label("architecture").select_option("topk")
-    for name, value in (
-        ("layer", "1"),
-        ("name of the set", SET),
-        ("width (d_sae)", "64"),
-        ("k, active latents", "8"),
-        ("epochs", "1"),
-        ("dashboards from, tokens", "2000"),
-    ):
-        page.get_by_label(name, exact=True).fill(value)
-    page.get_by_label("tokens", exact=True).fill("20,000")
-    page.get_by_text("Data, precision, evaluation").click()
-    for name, value in (
-        ("context size", "32"),
-        ("batch size", "512"),
-        ("held out", "0.001"),
-        ("evaluation, tokens", "1000"),
-    ):
-        page.get_by_label(name, exact=True).fill(value)
-    expect(page.locator("#spec-yaml")).to_have_value(re.compile("n_eval_tokens: 1000"), timeout=SOON)
-    expect(page.locator("#outlook")).to_contain_text("39 steps of 512", timeout=SOON)
-    assert outlook_yaml(page)["hook_name"] == "blocks.1.hook_resid_post"
+@dataclass(frozen=True)
+class Atlas:
+    """A web server and a trainer of their own, on the tiny model."""
+
+    url: str
+    settings: Settings
+    logs: Path
+
+    def submit(self, spec: dict[str, Any]) -> int:
+        asked = TrainSpec.model_validate(spec)
+        with db.sessions(db.connect(self.settings)).begin() as session:
+            dumped = asked.model_dump(mode="json", exclude_none=True)
+            return jobs.submit(session, self.settings, "train", asked.title, dumped).id
+
+    def ended(self, job_id: int) -> bool:
+        with db.sessions(db.connect(self.settings))() as session:
+            job = session.get_one(Job, job_id)
+            assert job.state != "failed", job.error
+            return job.state == "done"
+
+    def said(self) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in self.logs.glob("*.log"))
 
 
-def a_wrong_layer_is_said_live_and_at_its_field(page: Page) -> None:
-    layer = page.get_by_label("layer", exact=True)
-    layer.fill("77")
-    expect(page.locator("#outlook")).to_contain_text("has layers 0 to 29", timeout=SOON)
-    # A refusal is an answer of 422, of which the browser's console speaks: asked for apart.
-    values = page.locator("form.train").evaluate("form => new URLSearchParams(new FormData(form)).toString()")
-    refused = page.request.post(
-        "/train", data=values, headers={"content-type": "application/x-www-form-urlencoded"}, max_redirects=0
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Atlas]:
+    root = tmp_path_factory.mktemp("training")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = Settings(data_dir=root / "data", device="cpu", threads=1, port=port, database_url="", worker_socket="")
+    world.make(settings.data_dir, root / "hf")
+    engine = db.connect(settings)
+    db.migrate(engine)
+    card = ModelCard.model_validate_json((settings.model_dir("tiny") / "card.json").read_text())
+    (root / "c.txt").write_text(" ".join(np.random.default_rng(0).choice(TEXT.split(), 4_000)))
+    with db.sessions(engine).begin() as session:
+        session.add(Model(id="tiny", name="Tiny", hash=card.hash, card=card.model_dump()))
+        corpora.add_corpus(session, settings, documents.read(root / "c.txt"), "c")
+    engine.dispose()
+    values = {"DATA_DIR": str(settings.data_dir), "PORT": str(port), "DEVICE": "cpu", "THREADS": "1"}
+    environment = os.environ | {f"SAE_ATLAS_{name}": value for name, value in values.items()} | {"OMP_NUM_THREADS": "1"}
+    processes: list[subprocess.Popen[bytes]] = []
+    for module in ("app", "workers.trainer"):
+        with open(root / f"{module}.log", "wb") as log:
+            command = [sys.executable, "-m", module]
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    found = Atlas(f"http://127.0.0.1:{port}", settings, root)
+    try:
+        until(found, lambda: answers(found.url))
+        yield found
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def until(atlas: Atlas, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, atlas.said()
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def page(browser: Browser, atlas: Atlas) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=atlas.url)
+    opened = context.new_page()
+    opened.set_default_timeout(SECONDS * 1000)
+    complaints: list[str] = []
+    opened.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    yield opened
+    context.close()
+    assert complaints == []
+
+
+def points(page: Page, plot: str = "plot-loss") -> list[list[float]]:
+    """The steps of each line of a plot."""
+    return [line["x"] for line in json.loads(page.locator(f"#{plot} script").text_content() or "")["lines"]]
+
+
+GROWN = """([id, after]) => {
+    const lines = JSON.parse(document.querySelector(`#${id} script`).textContent).lines;
+    return lines.length > 0 && lines.every((line) => line.x.at(-1) > after);
+}"""
+
+
+def test_a_trainings_page_grows_survives_a_reload_and_obeys(page: Page, atlas: Atlas) -> None:
+    number = atlas.submit(LONG)
+    page.add_init_script(
+        "window.shifted = 0; new PerformanceObserver((list) => { for (const e of list.getEntries()) "
+        "if (!e.hadRecentInput) window.shifted += e.value; }).observe({type: 'layout-shift', buffered: true});"
     )
-    assert refused.status == 422
-    assert 'id="field-layer-error"' in refused.text()
-    layer.fill("1")
-    expect(page.locator("#spec-yaml")).to_have_value(re.compile("blocks.1.hook_resid_post"), timeout=SOON)
-
-
-def the_sae_tells_its_lineage(page: Page, number: str) -> None:
-    page.get_by_role("link", name="Open the result").click()
-    expect(page.get_by_role("heading", name=f"1-{SET}", exact=True)).to_be_visible(timeout=SOON)
-    lineage = page.locator("section[aria-labelledby=provenance]")
-    for name in ("trained", "hours", "corpus hash", "trained with", "commit"):
-        expect(lineage).to_contain_text(name)
-    page.get_by_text("How it was trained").click()
-    expect(lineage.get_by_text("blocks.1.hook_resid_post").first).to_be_visible()
-    expect(lineage.get_by_role("link", name=f"Its training, job {number}")).to_be_visible()
-    expect(page.get_by_text("explained variance").first).to_be_visible()
-
-
-def its_features_have_examples(page: Page, demo: Demo) -> None:
-    page.goto(f"/{demo.model}/1-{SET}?kind=live")
-    page.locator("#features tbody a").first.click()
-    page.wait_for_url(re.compile(rf"/1-{SET}/\d+"), timeout=SOON)
-    expect(page.locator(".window").first).to_be_visible(timeout=SOON)
-
-
-def the_same_form_comes_back(page: Page, number: str) -> None:
     page.goto(f"/jobs/{number}")
-    spec = page.request.get(f"/api/jobs/{number}").json()["spec"]
-    page.get_by_role("link", name="Clone this job").click()
-    page.locator("#spec-yaml").wait_for()
-    assert trainings.read(outlook_yaml(page)) == trainings.read(spec)
-    page.goto(f"/train?like={spec['model']}/1-{SET}")
-    assert {**outlook_yaml(page), "harvest_tokens": 2000} == trainings_yaml(spec)
-    page.get_by_text("Paste or upload a spec in YAML").click()
-    page.locator("#yaml").fill(yaml.safe_dump({**outlook_yaml(page), "k": [4, 8]}))
-    page.get_by_role("button", name="Fill the form in").click()
-    expect(page.get_by_label("k, active latents")).to_have_value("4,8", timeout=SOON)
+    page.evaluate("window.same = true")
+    page.wait_for_function(GROWN, arg=["plot-loss", 0], timeout=SECONDS * 1000)
+    first = points(page)[0][-1]
+    page.wait_for_function(GROWN, arg=["plot-loss", first], timeout=SECONDS * 1000)
+    page.wait_for_function(GROWN, arg=["plot-ce_loss_score", 0], timeout=SECONDS * 1000)
+    assert len(points(page)) == 2
+    expect(page.locator("#runs tbody tr").first).not_to_contain_text("–")
+    expect(page.locator("#looks .forming").first).to_be_visible()
+    assert page.evaluate("window.same") is True
+    assert page.evaluate("window.shifted") < 0.1
+    seen = points(page)[0][-1]
+    page.reload()
+    assert points(page)[0][-1] >= seen
+    assert points(page)[0][0] <= first
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator("#job .state")).to_have_text("paused", timeout=SECONDS * 1000)
+    page.get_by_role("button", name="Resume").click()
+    expect(page.locator("#job .state")).to_have_text("running", timeout=SECONDS * 1000)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#job .state")).to_have_text("cancelled", timeout=SECONDS * 1000)
 
 
-def trainings_yaml(spec: dict[str, Any]) -> dict[str, Any]:
-    return trainforms.short(trainings.read(spec))
+def test_a_bad_training_warns_and_two_are_drawn_over_each_other(page: Page, atlas: Atlas) -> None:
+    bad, good = atlas.submit(BAD), atlas.submit({**LONG, "set_name": "short", "k": 4, "epochs": 2})
+    page.goto(f"/jobs/{bad}")
+    expect(page.locator("#job .alert a")).to_contain_text("warning", timeout=SECONDS * 1000)
+    expect(page.locator("#warnings .advice").first).to_contain_text(
+        re.compile("lower|raise", re.I), timeout=SECONDS * 1000
+    )
+    until(atlas, lambda: atlas.ended(bad) and atlas.ended(good))
+    expect(page.locator("#outcome")).to_contain_text("1-bad", timeout=SECONDS * 1000)
+    expect(page.locator("#runs tbody a").first).to_have_attribute("href", "/tiny/1-bad")
+    page.goto("/jobs")
+    for number in (bad, good):
+        page.get_by_role("checkbox", name=f"Compare job {number}", exact=True).check()
+    page.get_by_role("button", name="Compare the curves").click()
+    page.wait_for_url("**/jobs/compare?job=*&job=*")
+    assert len(points(page)) == 2
+    expect(page.locator(".differences")).to_contain_text("l1_coefficient")
+    page.locator("#plot-loss svg").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#plot-loss .readout p")).to_have_count(3)
+    expect(page.locator(".cross")).not_to_have_count(1)
+    page.get_by_role("link", name=f"Hide {bad} · 1-bad").click()
+    page.wait_for_function("location.search.includes('hide=')")
+    expect(page.get_by_role("link", name=f"Show {bad} · 1-bad")).to_be_visible()
+    assert len(points(page)) == 1
+    page.reload()
+    assert len(points(page)) == 1
+
+
+def test_a_plot_is_looked_at_closer_by_dragging(page: Page, atlas: Atlas) -> None:
+    number = atlas.submit({**LONG, "set_name": "drag", "k": 4, "epochs": 4})
+    until(atlas, lambda: atlas.ended(number))
+    page.goto(f"/jobs/{number}")
+    before = points(page)[0]
+    box = page.locator("#plot-loss svg").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 60, steps=5)
+    page.mouse.up()
+    page.wait_for_function("location.search.includes('first=')")
+    expect(page.locator(".zoomed")).to_contain_text("all of it")
+    after = points(page)[0]
+    assert before[0] < after[0] < after[-1] < before[-1]
+    page.get_by_role("link", name="all of it").click()
+    expect(page.locator(".zoomed")).to_contain_text("drag across")
+    assert points(page)[0] == before
