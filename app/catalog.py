@@ -635,7 +635,7 @@ def _around_query(reader: Reader | None) -> CompoundSelect[*tuple[Any, ...]]:
         .where(Harvest.source_id == bindparam("source"))
     )
     sources = select(Source.layer, Source.name, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(3)).where(
-        Source.model_id == bindparam("model")
+        Source.model_id == bindparam("model"), Source.trash_id.is_(None)
     )
     models = select(literal(0, Integer()), Model.id, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(4))
     if reader is not None:

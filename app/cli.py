@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -46,6 +47,7 @@ from app import (
     remotes,
     supervisor,
     trainings,
+    trash,
     validations,
     weights,
     wording,
@@ -55,7 +57,7 @@ from app.demo import prepare
 from app.errors import AtlasError, BadInput, NotFound
 from app.gpu import Worker
 from app.model_kwargs import CENTRED, KEY
-from app.people import Role
+from app.people import LOCAL, Role
 from app.placement import placement
 from app.settings import Settings
 from app.specs import BulkSpec, CorpusSpec, EvalSpec, HarvestSpec, MapSpec, MatchSpec
@@ -80,6 +82,7 @@ _groups = {
         "jobs": "Training and harvests in the queue.",
         "user": "People, in team mode.",
         "remote": "Folders and web addresses of bundles that other people share.",
+        "trash": "What was deleted, for 30 days.",
     }.items()
 }
 for _name, _group in _groups.items():
@@ -368,19 +371,19 @@ def list_saes() -> None:
 
 @_groups["sae"].command("remove")
 def remove_sae(source: ModelSource, yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
-    """Delete an SAE with its evidence; its weights too, unless another source uses them."""
+    """Move an SAE with its evidence to the trash; `sae-atlas trash restore` brings it back for 30 days."""
     settings = Settings()
     model_id, name = _model_source(source)
     with _session(settings) as session:
         found = catalog.source_card(session, model_id, name)
         shared = harvests.shared_with(session, model_id, name)
-    weights_too = f"its weights stay, {', '.join(shared)} use them" if shared else "its weights are deleted too"
+    weights_too = f"its weights stay, {', '.join(shared)} use them" if shared else "its weights go with it"
     _out.print(f"{source}: {found.d_sae:,} features with their evidence and explanations; {weights_too}.")
     if not yes and not typer.confirm("Delete it?"):
         raise typer.Exit(1)
     with _session(settings) as session:
-        harvests.remove_source(session, settings, model_id, name)
-    _out.print(f"Removed {source}.")
+        entry = trash.put(session, LOCAL, harvests.source_named(session, model_id, name)).id
+    _out.print(f"Removed {source}. For {trash.DAYS} days `sae-atlas trash restore {entry}` brings it back.")
 
 
 async def _placement(settings: Settings, card: catalog.SourceCard) -> str:
@@ -513,9 +516,45 @@ def remove_corpus(name: str, yes: Annotated[bool, typer.Option("--yes", help="Do
     if not yes and not typer.confirm(f"Delete corpus {name}?"):
         raise typer.Exit(1)
     with _session(settings) as session:
-        left = corpora.remove_corpus(session, settings, name)
-    corpora.delete_files(left)
-    _out.print(f"Removed corpus {escape(name)}.")
+        entry = trash.put_corpus(session, LOCAL, name).id
+    _out.print(
+        f"Removed corpus {escape(name)}. For {trash.DAYS} days `sae-atlas trash restore {entry}` brings it back."
+    )
+
+
+# Trash -----------------------------------------------------------------------------------------------------------
+
+
+@_groups["trash"].command("list")
+def list_trash() -> None:
+    """List what was deleted and can be restored."""
+    table = _list("number", "kind", "name", "owner", "deleted by", "deleted (UTC)", "days left")
+    with _session(Settings()) as session:
+        for e in trash.entries(session, LOCAL):
+            table.add_row(str(e.id), e.kind, escape(e.name), e.owner, e.deleted_by, e.deleted, str(e.days_left))
+    _out.print(table)
+
+
+@_groups["trash"].command("restore")
+def restore_from_trash(number: Annotated[int, typer.Argument(help="As `trash list` names it.")]) -> None:
+    """Give something back as it was."""
+    with _session(Settings()) as session:
+        where = trash.path(trash.restore(session, LOCAL, number))
+    _out.print(f"Restored {escape(where)}.")
+
+
+@_groups["trash"].command("purge")
+def purge_trash(
+    days: Annotated[int, typer.Option(min=0, help="Delete what has lain there for so many days.")] = trash.DAYS,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete for good what has lain in the trash long enough; trainers do so by themselves after 30 days."""
+    settings = Settings()
+    if not yes and not typer.confirm(f"Delete for good what was deleted {days} days ago or earlier?"):
+        raise typer.Exit(1)
+    with _session(settings) as session:
+        gone = trash.purge(session, settings, timedelta(days=days))
+    _out.print(f"Deleted {gone:,} for good.")
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------

@@ -371,27 +371,35 @@ def _size(directory: Path) -> int:
     return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
 
 
-def remove_corpus(session: Session, settings: Settings, name: str) -> Path:
+def remove_corpus(session: Session, settings: Settings, name: str) -> Path | None:
     """Delete a corpus that no evidence shows, and return its directory: delete it after the commit.
 
     Raises Conflict naming the sources that need it.
     """
     corpus = corpus_named(session, name)
-    users = used_by(session, corpus)
-    with visibility.unlimited(session):
-        hidden = len(used_by(session, corpus)) - len(users)
-    if hidden:
-        users.append(f"{hidden} that {'is' if hidden == 1 else 'are'} not shown to you")
-    if users:
-        raise Conflict(f"Corpus {corpus.name!r} is shown by {', '.join(users)}; remove that evidence first.")
+    check_unused(session, corpus)
+    with visibility.unlimited(session, trash=True):  # the same text may have been added again
+        twin = select(Corpus.id).where(Corpus.hash == corpus.hash, Corpus.id != corpus.id)
+        shared = session.scalar(twin.limit(1)) is not None
     session.delete(corpus)
     session.flush()
-    return settings.corpus_dir(corpus.hash)
+    return None if shared else settings.corpus_dir(corpus.hash)
 
 
-def delete_files(directory: Path) -> None:
+def check_unused(session: Session, corpus: Corpus) -> None:
+    """Raise Conflict naming the sources whose evidence shows a corpus; those in the trash need it too."""
+    users = used_by(session, corpus)
+    with visibility.unlimited(session, trash=True):
+        hidden = len(used_by(session, corpus)) - len(users)
+    if hidden:
+        users.append(f"{hidden} in the trash or not shown to you")
+    if users:
+        raise Conflict(f"Corpus {corpus.name!r} is shown by {', '.join(users)}; remove that evidence first.")
+
+
+def delete_files(directory: Path | None) -> None:
     """Delete what remove_corpus left; a reader never sees half of it."""
-    if directory.is_dir():
+    if directory is not None and directory.is_dir():
         gone = directory.with_name(f".gone-{directory.name}")
         directory.replace(gone)
         shutil.rmtree(gone)

@@ -7,6 +7,7 @@ that most agree with, then the newest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import delete, func, select, update
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 from app import catalog
 from app.errors import BadInput, Conflict, Forbidden, NotFound
 from app.people import Actor, Role
-from app.tables import Explanation, ExplanationVote, Feature, RetiredExplanation, Source
+from app.tables import Explanation, ExplanationVote, Feature, RetiredExplanation, Source, now
 
 HUMAN, HEURISTIC = "human", "heuristic"
 MAX_TEXT = 1000
@@ -93,7 +94,9 @@ def retire(session: Session, who: Actor, explanation_id: int) -> RetiredExplanat
     found = get(session, explanation_id)
     if not may_retire(who, found.method, found.author):
         raise Forbidden(f"This explanation is {found.author}'s; write a better one, or ask an admin.")
-    kept = RetiredExplanation(**_said(found), retired_by=who.name)
+    votes = session.scalars(select(ExplanationVote).where(ExplanationVote.explanation_id == found.id))
+    agreed = sorted([vote.who, vote.created_at.isoformat()] for vote in votes)
+    kept = RetiredExplanation(**_said(found), retired_by=who.name, was_id=found.id, votes=agreed)
     session.add(kept)
     session.execute(delete(ExplanationVote).where(ExplanationVote.explanation_id == found.id))
     session.delete(found)
@@ -103,18 +106,48 @@ def retire(session: Session, who: Actor, explanation_id: int) -> RetiredExplanat
 
 
 def restore(session: Session, who: Actor, retired_id: int) -> Explanation:
-    """Bring back an explanation that was taken back; its votes are gone."""
+    """Bring back an explanation that was taken back, with its id and votes."""
     kept = session.get(RetiredExplanation, retired_id) if 0 < retired_id < 2**31 else None
     if kept is None or session.get(Source, kept.source_id) is None:
         raise NotFound(f"There is no explanation {retired_id} to bring back.")
     if not may_retire(who, kept.method, kept.author):
         raise Forbidden(f"This explanation was {kept.author}'s; only they or an admin bring it back.")
-    back = Explanation(**_said(kept))
+    back = Explanation(**_said(kept), n_votes=len(kept.votes))
+    if kept.was_id is not None and session.get(Explanation, kept.was_id) is None:
+        back.id = kept.was_id
     session.add(back)
+    session.flush()
+    for name, since in kept.votes:
+        at = datetime.fromisoformat(since)
+        session.add(ExplanationVote(explanation_id=back.id, who=name, created_at=at))
     session.delete(kept)
     session.flush()
     _relabel(session, back.source_id, back.index)
     return back
+
+
+@dataclass(frozen=True)
+class Retired:
+    """An explanation that was taken back lately."""
+
+    id: int
+    text: str
+    author: str
+    when: str
+    path: str
+    """Of its feature."""
+
+
+def retired(session: Session, who: Actor, days: int) -> list[Retired]:
+    """Return what somebody may bring back of the last days, latest first."""
+    wanted = select(RetiredExplanation, Source).join(Source, Source.id == RetiredExplanation.source_id)
+    wanted = wanted.where(RetiredExplanation.retired_at > now() - timedelta(days=days))
+    if who.id is not None and who.role != Role.ADMIN:
+        wanted = wanted.where(RetiredExplanation.author == who.name)
+    return [
+        Retired(e.id, e.text, e.author, f"{e.retired_at:%Y-%m-%d}", f"/{s.model_id}/{s.name}/{e.index}")
+        for e, s in session.execute(wanted.order_by(RetiredExplanation.id.desc()).limit(200))
+    ]
 
 
 def _said(entry: Explanation | RetiredExplanation) -> dict[str, Any]:

@@ -122,7 +122,8 @@ def remove_source(session: Session, settings: Settings, model_id: str, name: str
     source = source_named(session, model_id, name)
     if source.sae_hash != sae_hash:
         raise Conflict(f"{model_id}/{name} was replaced a moment ago; look at it again before you remove it.")
-    with visibility.unlimited(session):  # what the one who removes it may not see goes on needing its weights
+    # What is hidden goes on needing its weights: others' SAEs, and those in the trash.
+    with visibility.unlimited(session, trash=True):
         _remove(session, settings, source)
 
 
@@ -135,7 +136,8 @@ def _remove(session: Session, settings: Settings, source: Source) -> None:
     session.delete(source)
     session.flush()
     if was_default:
-        heir = session.scalar(select(Source).where(Source.model_id == model_id, Source.layer == layer).limit(1))
+        there = select(Source).where(Source.model_id == model_id, Source.layer == layer, Source.trash_id.is_(None))
+        heir = session.scalar(there.limit(1))
         if heir is not None:
             heir.is_default = True
     if session.scalar(select(Source.id).where(Source.sae_hash == sae_hash).limit(1)) is None:

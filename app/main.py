@@ -68,6 +68,7 @@ from app.web import (
     sharing,
     source,
     steering,
+    trash,
     upload,
     vectors,
 )
@@ -184,6 +185,7 @@ def create_app(settings: Settings) -> FastAPI:
         search,
         sharing,
         palette,
+        trash,
         upload,
         vectors,
         train_pages,

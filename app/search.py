@@ -103,7 +103,7 @@ def find(
             limit=limit,
         )
     where = scope.conditions()
-    limited = bool(where) or visibility.reader(session) is not None
+    limited = bool(where) or visibility.hides_saes(session)
     sources = session.scalars(select(Source.id).where(*where)).all() if limited else None
     vector = _vector(query) if index.n_vectors else None
     found = index.find(query, vector, sources)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import catalog, visibility
+from app import catalog, trash, visibility
 from app.errors import BadInput, NotFound
 from app.people import Actor
 from app.tables import SteeringVector
@@ -80,7 +80,7 @@ def owned(session: Session, model_id: str | None = None) -> list[SteeringVector]
 def delete(session: Session, who: Actor, model_id: str, source: str, index: str) -> None:
     vector = get(session, model_id, source, index)
     visibility.check_may_change(who, vector.owner, f"{vector.label!r}")
-    session.delete(vector)
+    trash.put(session, who, vector)
 
 
 def source_of(vector: SteeringVector) -> str:

@@ -62,6 +62,32 @@ class Owned:
     """The secret of its public link; empty while it has none."""
 
 
+class Binned:
+    """The column of what can be deleted and restored (app.trash)."""
+
+    trash_id: Mapped[int | None] = mapped_column(ForeignKey("trash.id"))
+    """Its entry in the trash; None for what stands."""
+
+
+class Trash(Table):
+    """Something that was deleted and can be restored for a while."""
+
+    __tablename__ = "trash"
+
+    id: Mapped[Key]
+    kind: Mapped[str] = mapped_column(String(20))
+    """trash.Kind"""
+    key: Mapped[str] = mapped_column(String(40))
+    """Its primary key, as text."""
+    name: Mapped[Slug]
+    """What people called it."""
+    owner: Mapped[Slug]
+    deleted_by: Mapped[Slug]
+    deleted_at: Mapped[Moment]
+    details: Mapped[Payload]
+    """What restoring gives back besides: the name that was freed."""
+
+
 class Model(Table):
     """A language model whose directory lies under the data directory."""
 
@@ -77,7 +103,7 @@ class Model(Table):
     sources: Mapped[list[Source]] = relationship(back_populates="model", lazy="raise")
 
 
-class Source(Owned, Table):
+class Source(Owned, Binned, Table):
     """An SAE in its place in a model: `{layer}-{set}`."""
 
     __tablename__ = "sources"
@@ -147,7 +173,7 @@ class SourceVisit(Table):
     """cards.Visit"""
 
 
-class Corpus(Table):
+class Corpus(Binned, Table):
     """A text corpus; its documents and token streams lie under corpora/{hash}/."""
 
     __tablename__ = "corpora"
@@ -431,7 +457,7 @@ class PromptRun(Table):
     created_at: Mapped[Moment]
 
 
-class SteeringRun(Owned, Table):
+class SteeringRun(Owned, Binned, Table):
     """A finished steering run, so that its address replays it."""
 
     __tablename__ = "steering_runs"
@@ -456,7 +482,7 @@ class SteeringPreset(Table):
     created_at: Mapped[Moment]
 
 
-class SteeringVector(Owned, Table):
+class SteeringVector(Owned, Binned, Table):
     """A direction that belongs to no SAE: uploaded, or a mean difference of two sets of texts."""
 
     __tablename__ = "steering_vectors"
@@ -598,7 +624,7 @@ class FailedLogins(Table):
     since: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
-class FeatureList(Table):
+class FeatureList(Binned, Table):
     """Features somebody put together, in an order, under an address."""
 
     __tablename__ = "feature_lists"
@@ -723,3 +749,7 @@ class RetiredExplanation(Table):
     created_at: Mapped[Moment]
     retired_by: Mapped[Slug]
     retired_at: Mapped[Moment]
+    was_id: Mapped[int | None]
+    """Its id while it stood."""
+    votes: Mapped[list[Any]] = mapped_column(JSON, default=list, server_default="[]")
+    """Who agreed with it and since when, [name, time]."""

@@ -21,9 +21,10 @@ from sqlalchemy.sql.base import ExecutableOption
 
 from app.errors import BadInput, Conflict, Forbidden, NotFound
 from app.people import Actor, Role
-from app.tables import Job, Model, Source, SteeringRun, SteeringVector
+from app.tables import Corpus, FeatureList, Job, Model, Source, SteeringRun, SteeringVector, Trash
 
-_READER = "reader"
+_READER, _TRASH = "reader", "trash"
+_BINNED = (Source, Corpus, FeatureList, SteeringRun, SteeringVector)
 NARROWED = "narrowed"
 """Execution option of a statement that says by itself what its reader may see (`seen`)."""
 
@@ -68,15 +69,26 @@ def reader(session: Session) -> Reader | None:
     return session.info.get(_READER)
 
 
+def hides_saes(session: Session) -> bool:
+    """Tell whether the session may see fewer SAEs than there are."""
+    if reader(session) is not None:
+        return True
+    return session.scalar(select(Trash.id).where(Trash.kind == "sae").limit(1)) is not None
+
+
 @contextmanager
-def unlimited(session: Session) -> Generator[None]:
-    """See everything for a moment: what others use must be counted, and names are taken by what is hidden too."""
-    before = session.info.get(_READER)
+def unlimited(session: Session, *, trash: bool = False) -> Generator[None]:
+    """See everything for a moment: what others use must be counted, and names are taken by what is hidden too.
+
+    `trash` shows what was deleted besides.
+    """
+    before = {name: session.info.get(name) for name in (_READER, _TRASH)}
     session.info[_READER] = None
+    session.info[_TRASH] = trash or before[_TRASH]
     try:
         yield
     finally:
-        session.info[_READER] = before
+        session.info.update(before)
 
 
 _MAKER = "maker"
@@ -112,15 +124,25 @@ def claim(session: Session, source: Source) -> None:
 
 def narrow(state: ORMExecuteState) -> None:
     """Add to a statement what its session's reader may see; db.sessions has every session call it."""
+    if state.is_column_load or state.is_relationship_load or not (state.is_orm_statement or state.is_select):
+        return
     who = state.session.info.get(_READER)
-    if who is None or state.is_column_load or state.is_relationship_load:
+    options = () if state.session.info.get(_TRASH) else _standing()
+    if who is not None:
+        options += _criteria(who)
+    if not options:
         return
     if isinstance(state.statement, CompoundSelect):
         # SQLAlchemy applies criteria to selects alone: a union has to say them itself.
         if not state.execution_options.get(NARROWED):
             raise RuntimeError("A union must be narrowed by visibility.seen and say so.")
         return
-    state.statement = state.statement.options(*_criteria(who))
+    state.statement = state.statement.options(*options)
+
+
+@lru_cache(maxsize=1)
+def _standing() -> tuple[ExecutableOption, ...]:
+    return tuple(with_loader_criteria(table, table.trash_id.is_(None), include_aliases=True) for table in _BINNED)
 
 
 @lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, StringConstraints
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from app import catalog, lists
+from app import catalog, lists, trash
 from app.api.features import Json
 from app.api.inputs import FeatureKey
 from app.lists import Key, Listed, Visibility
@@ -120,7 +120,7 @@ def remove(body: OneFeature, who: Who, session: Db) -> Response:
 @router.post("/delete", dependencies=[EDITOR])
 def delete(body: ListKey, who: Who, session: Db) -> Response:
     """Delete a list; its features stay."""
-    lists.remove(session, lists.to_change(session, who, body.listId))
+    trash.put(session, who, lists.to_change(session, who, body.listId))
     session.commit()
     return Json({"message": "List deleted."})
 

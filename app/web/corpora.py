@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 
-from app import catalog, corpora, documents, jobs, origins, uploads
+from app import catalog, corpora, documents, jobs, origins, trash, uploads
 from app.catalog import ModelEntry, NotInCatalog, parse_index
 from app.corpora import Tokens, Use
 from app.errors import AtlasError, BadFile, BadInput, Conflict
@@ -23,7 +23,7 @@ from app.settings import Settings
 from app.specs import CorpusSpec
 from app.tables import Corpus
 from app.web import forms
-from app.web.access import EDITOR, VIEWER
+from app.web.access import EDITOR, VIEWER, Who
 from app.web.forms import Field
 from app.web.multipart import Form, closing, full_in_words, wants_json
 from app.web.pages import Config, Db, render
@@ -247,15 +247,14 @@ def corpus_page(
 
 
 @router.post(PATH + "/{name}/remove", dependencies=[EDITOR])
-def remove(request: Request, name: str, session: Db, settings: Config) -> Response:
-    """Delete a corpus that no evidence shows; one that some does stays, and its page says whose."""
+def remove(request: Request, name: str, who: Who, session: Db, settings: Config) -> Response:
+    """Move to the trash a corpus that no evidence shows; one that some does stays, and its page says whose."""
     corpus = _named(session, name)
     try:
-        left = corpora.remove_corpus(session, settings, corpus.name)
+        trash.put_corpus(session, who, corpus.name)
     except Conflict as error:
         return render(request, "corpus.html", _corpus(session, settings, corpus, 1, of(error)), status=error.status)
     session.commit()
-    corpora.delete_files(left)
     return RedirectResponse(PATH, 303)
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, comments, lists, present, search
+from app import catalog, comments, lists, present, search, trash
 from app.api.inputs import check_text
 from app.errors import AtlasError, BadInput
 from app.gpu import Worker
@@ -169,7 +169,7 @@ def edit(
 
 @router.post("/lists/{list_id}/delete", dependencies=[EDITOR])
 def delete(list_id: str, who: Who, session: Db) -> Response:
-    lists.remove(session, lists.to_change(session, who, list_id))
+    trash.put(session, who, lists.to_change(session, who, list_id))
     session.commit()
     return RedirectResponse("/lists", 303)
 

@@ -31,6 +31,8 @@ _PAGES = (
     ("/upload", "Add an SAE"),
     ("/train", "Train an SAE"),
     ("/docs", "JSON API"),
+    ("/vectors", "Steering vectors"),
+    ("/trash", "Trash"),
 )
 
 

@@ -24,6 +24,7 @@ from app import (
     origins,
     saecharts,
     tablefiles,
+    trash,
     validations,
     visibility,
 )
@@ -309,11 +310,11 @@ async def memory(request: Request, model: str, source: str, session: Db, setting
 
 
 @router.post("/{model}/{source}/remove", dependencies=[EDITOR])
-def remove(model: str, source: str, who: Who, session: Db, settings: Config) -> Response:
-    """Delete an SAE; its weights too, where no other source uses them."""
+def remove(model: str, source: str, who: Who, session: Db) -> Response:
+    """Move an SAE to the trash, with all that belongs to it."""
     found = catalog.source_card(session, model, source)
     visibility.check_may_change(who, found.owner, f"{found.model_id}/{found.name}")
-    harvests.remove_source(session, settings, found.model_id, found.name)
+    trash.put(session, who, harvests.source_named(session, found.model_id, found.name))
     session.commit()
     return RedirectResponse(f"/{found.model_id}", 303)
 

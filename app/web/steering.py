@@ -17,15 +17,16 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, jobs, search, steering_vectors, steerings
+from app import catalog, jobs, search, steering_vectors, steerings, visibility
 from app.api import steer as api
 from app.api.inputs import check_text
 from app.catalog import FeatureRow, ModelEntry, NotInCatalog, SourceCard
 from app.errors import BadInput, NotFound
+from app.people import Actor, Role
 from app.protocol import Operation, Positions, SteerMethod
 from app.steering import Completion, Control
 from app.sweeps import Point, Suggestion
-from app.web.access import GUEST, VIEWER
+from app.web.access import GUEST, VIEWER, actor_of
 from app.web.pages import Config, Db, Gpu, query, read, render
 from app.web.sharing import Sharing, sharing_of
 
@@ -105,6 +106,7 @@ class SteerPage:
     warnings: tuple[str, ...] = ()
     problem: str = ""
     sharing: Sharing | None = None
+    may_delete: bool = False
     operations: tuple[tuple[str, str], ...] = tuple((o.value, words) for o, words in OPERATIONS.items())
     places: tuple[tuple[str, str], ...] = tuple((p.value, words) for p, words in POSITIONS.items())
 
@@ -410,8 +412,13 @@ def replay(request: Request, model: str, run_id: str, session: Db, settings: Con
         run_id=run.id,
         warnings=tuple(_changed(session, entry, asked)),
         sharing=sharing_of(request, "run", run),
+        may_delete=_may_delete(actor_of(request), run.owner),
     )
     return render(request, "steer.html", page)
+
+
+def _may_delete(who: Actor | None, owner: str) -> bool:
+    return who is not None and who.role != Role.VIEWER and visibility.may_change(who, owner)
 
 
 def _changed(session: Session, entry: ModelEntry, asked: dict[str, Any]) -> list[str]:

@@ -239,6 +239,9 @@ def test_a_new_sae_is_checked_and_removing_it_asks_and_keeps_shared_weights(shel
     assert "1-one" in shell.says("sae", "list")
     assert "Removed tiny/1-one." in shell.says("sae", "remove", "tiny/1-one", "--yes")
     assert set((shell.data_dir / "saes").iterdir()) == weights
-    assert "its weights are deleted too" in shell.says("sae", "remove", "tiny/1-two", "--yes")
+    assert "its weights go with it" in shell.says("sae", "remove", "tiny/1-two", "--yes")
+    assert "Deleted 0 for good" in shell.says("trash", "purge", "--yes")
+    assert set((shell.data_dir / "saes").iterdir()) == weights
+    assert "Deleted 2 for good" in shell.says("trash", "purge", "--days", "0", "--yes")
     assert len(set((shell.data_dir / "saes").iterdir())) == len(weights) - 1
     assert "has no SAE called '1-one'" in shell.refuses("sae", "remove", "tiny/1-one", "--yes")

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -16,7 +17,7 @@ import zstandard
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from app import corpora, db, documents, jobs, uploads
+from app import corpora, db, documents, jobs, trash, uploads
 from app.settings import Settings
 from app.specs import CorpusSpec
 from app.tables import Corpus, Job
@@ -190,8 +191,11 @@ def test_a_corpus_with_evidence_stays_and_says_whose(client: TestClient, setting
         directory = settings.corpus_dir(corpora.corpus_named(session, "mine").hash)
     assert directory.is_dir()
     assert client.post("/corpora/mine/remove", follow_redirects=False).headers["location"] == "/corpora"
-    assert not directory.exists()
     assert client.get("/corpora/mine").status_code == 404
+    assert directory.is_dir()
+    with db.sessions(db.connect(settings))() as session:
+        assert trash.purge(session, settings, timedelta(0)) == 1
+    assert not directory.exists()
 
 
 def test_documents_are_found_in_the_middle_of_a_large_corpus(

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from app import cli, db, harvestplan, harvests, jobs
+from app import cli, db, harvestplan, harvests, jobs, trash
 from app.corpora import tokens_dir
 from app.errors import Conflict
 from app.harvestplan import BadField
@@ -236,8 +236,11 @@ def test_kept_activations_go_with_the_last_evidence_that_uses_them(
     catalog_session.get_one(Harvest, 1).activations = "own"
     catalog_session.commit()
     client.post("/tiny/1-demo/remove")
+    assert (shared.exists(), own.exists()) == (True, True)
+    assert trash.purge(catalog_session, settings, timedelta(0)) == 1
     assert (shared.exists(), own.exists()) == (True, False)
     client.post("/tiny/2-plain/remove")
+    assert trash.purge(catalog_session, settings, timedelta(0)) == 1
     assert not shared.exists()
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import uvicorn
 from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
-from app import db, harvests
+from app import db, harvests, trash
 from app.main import create_app
 from app.settings import Settings
-from app.tables import Evidence, Explanation, Feature, Harvest, Job, Source
+from app.tables import Evidence, Explanation, Feature, Harvest, Job, Source, Trash
 from app.web import multipart
 from app.weights import CONFIG, WEIGHTS
 from tests.app.conftest import listening
@@ -204,13 +205,17 @@ def serving(settings: Settings) -> Generator[str]:
             thread.join(10)
 
 
-def test_removing_an_sae_deletes_its_rows_and_weights(client: TestClient, settings: Settings) -> None:
-    assert "Remove 1-demo for good" in client.get("/tiny/1-demo").text
+def test_a_removed_sae_is_gone_at_once_and_its_rows_and_weights_when_the_trash_is_emptied(
+    client: TestClient, settings: Settings
+) -> None:
+    assert "Remove 1-demo</button>" in client.get("/tiny/1-demo").text
     answer = client.post("/tiny/1-demo/remove", follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (303, "/tiny")
     assert client.get("/tiny/1-demo").status_code == 404
     assert client.get("/tiny").status_code == 200
+    assert settings.sae_dir("aa").exists()
     with db.sessions(db.connect(settings))() as session:
+        assert trash.purge(session, settings, timedelta(0)) == 1
         left = [session.scalar(select(func.count()).select_from(t)) for t in (Feature, Evidence, Harvest, Explanation)]
         assert session.scalars(select(Source.name).where(Source.is_default)).all() == ["1-other"]
     assert left == [0, 0, 0, 0]
@@ -225,8 +230,17 @@ def test_weights_that_another_source_uses_stay(client: TestClient, settings: Set
         directory = settings.sae_dir(harvests.source_named(session, "tiny", "1-up").sae_hash)
     assert "Its weights stay: tiny/1-twin uses them too" in client.get("/tiny/1-up").text
     client.post("/tiny/1-up/remove")
-    assert directory.is_dir()
     client.post("/tiny/1-twin/remove")
+    with db.sessions(db.connect(settings))() as session:
+        assert trash.purge(session, settings) == 0
+        assert directory.is_dir(), "both can still be restored"
+        oldest = session.scalars(select(Trash).order_by(Trash.id)).first()
+        assert oldest is not None
+        oldest.deleted_at -= timedelta(days=31)
+        session.commit()
+        assert trash.purge(session, settings) == 1
+        assert directory.is_dir(), "the other one needs them"
+        assert trash.purge(session, settings, timedelta(0)) == 1
     assert not directory.exists()
 
 

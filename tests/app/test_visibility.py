@@ -282,7 +282,7 @@ def test_a_server_without_accounts_shows_nothing_of_owners(client: TestClient) -
 def test_a_corpus_that_only_a_hidden_sae_needs_stays(lab: Lab) -> None:
     refused = lab.as_("bob").post("/corpora/made/remove")
     assert refused.status_code == 409
-    assert "shown by 1 that is not shown to you" in refused.text
+    assert "shown by 1 in the trash or not shown to you" in refused.text
 
 
 def test_uploads_that_a_hidden_job_waits_for_stay(lab: Lab) -> None:

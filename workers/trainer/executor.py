@@ -30,7 +30,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, jobqueue, jobs, lockfile, log
+from app import db, jobqueue, jobs, lockfile, log, trash
 from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
@@ -44,6 +44,7 @@ QUEUE = "jobs"
 MAX_CRASHES = 20
 """Times the trainer may die in one job before the job counts as the reason."""
 SWEEP_SECONDS = 1.0
+_PURGE_SECONDS = 3600.0
 SUPERSEDED_EXIT = 75
 
 _logger = log.get("trainer")
@@ -281,13 +282,17 @@ def _attend(
     settings: Settings, sessions: sessionmaker[Session], client: DBOSClient, runner: Runner, stop: Event
 ) -> None:
     """Beat, and sweep for rows to hand over, until stopped. Jobs run in dbos' threads meanwhile."""
-    beaten = time.monotonic()
+    beaten, purge_at = time.monotonic(), time.monotonic() + 60
     while not _rested(settings, runner, stop):
         try:
             if time.monotonic() - beaten >= settings.beat_seconds:
                 _beat(sessions, runner.executor)
                 beaten = time.monotonic()
             sweep(settings, sessions, client, runner)
+            if time.monotonic() >= purge_at:
+                purge_at = time.monotonic() + _PURGE_SECONDS
+                with sessions() as session:
+                    trash.purge(session, settings)
         except Exception:
             # A locked or unreachable database: the next round tries again, and dbos retries its own writes.
             _logger.warning("sweep failed; trying again", exc_info=True)
