@@ -8,6 +8,7 @@ neighbouring points the smallest and the largest stay, so that no spike is lost.
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def _read_on(session: Session, job_id: int, job: _Job) -> None:
         fresh: dict[str, tuple[list[int], list[float]]] = {}
         for step, text in part:
             for name, value in parsed(text).items():
-                if isinstance(value, int | float) and np.isfinite(value):
+                if isinstance(value, int | float) and math.isfinite(value):
                     steps, values = fresh.setdefault(name, ([], []))
                     steps.append(step)
                     values.append(value)

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -307,16 +307,16 @@ def _page(request: Request, session: Session, settings: Settings, job_id: int, v
     warned = tuple(_warned(found, n_steps)) if job.state != JobState.QUEUED else ()
     made = _made(session, job, found)
     top = _head(request, session, settings, job, found, warned)
-    parts = [Part("job", "_job.html", _version(top), lambda: top)]
+    parts = [Part("job", "_job.html", _version((replace(top, evidence=()), _ids(top.evidence))), lambda: top)]
     if any(run.columns for run in found) or found[0].spec is not None:
         parts.append(_table(found, view, path, made))
     if found[0].spec is not None:
         parts += [
-            Part("warnings", "_warnings.html", _version(warned), lambda: warned),
+            Part("warnings", "_warnings.html", _version([(w.run.key, w.warnings) for w in warned]), lambda: warned),
             _looking(settings, found, view, path, job_id),
         ]
     outcome = _outcome(session, job, made)
-    parts.append(Part("outcome", "_outcome.html", _version(outcome), lambda: outcome))
+    parts.append(Part("outcome", "_outcome.html", _outcome_version(outcome), lambda: outcome))
     newest = jobs.last_line(session, job_id)
     log = Part("log", "_log.html", str(newest), lambda: LogPage(path, log_lines(session, job_id, _LOG_LINES)))
     parts.append(log)
@@ -474,7 +474,18 @@ def _outcome(session: Session, job: Job, made: Sequence[SourceCard]) -> Outcome:
     return Outcome(saes, lineage, corpus, jobs.harvest_after(session, job, names), ())
 
 
+def _outcome_version(outcome: Outcome) -> str:
+    made = [(one.source, one.metrics, _ids(one.evidence)) for one in outcome.saes]
+    harvest = (outcome.harvest.id, outcome.harvest.state) if outcome.harvest else None
+    return _version((made, outcome.lineage, outcome.corpus, harvest, outcome.result))
+
+
+def _ids(evidence: Sequence[Gathered]) -> list[tuple[int, str, int]]:
+    return [(r.harvest.id, str(r.harvest.state), r.harvest.n_tokens) for r in evidence]
+
+
 def _version(value: Any) -> str:
+    """Name the state of plain values; rows of the database would be told by where they lie in memory."""
     return hashlib.sha256(repr(value).encode("utf-8", "replace")).hexdigest()[:10]
 
 

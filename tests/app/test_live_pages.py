@@ -147,6 +147,7 @@ def test_a_warning_says_what_is_wrong_and_what_to_change(client: TestClient) -> 
     assert '<a href="#warnings">1 warning</a>' in html
     assert "latents have not been active in the last 200,000 tokens." in html
     assert "Raise aux_k (now 256)" in html
+    assert parts(client, f"/jobs/{number}/parts", versions(html))["parts"] == {}
     fine = page(client, f"/jobs/{train(client, ONE, range(10, 110, 10), {'dead_fraction': -0.01}, done=0.5)}")
     assert "Nothing to warn about." in fine
 
@@ -216,6 +217,7 @@ def test_what_came_of_a_training_leads_to_saes_evidence_and_corpus(client: TestC
         harvest = {"model": "tiny", "sources": ["1-b"], "corpus": "made"}
         session.add(Job(kind="harvest", title="Harvest", spec=harvest, result={}, workflow_id="", state="queued"))
     html = page(client, f"/jobs/{number}")
+    assert parts(client, f"/jobs/{number}/parts", versions(html))["parts"] == {}
     for text in ('href="/tiny/1-b"', "0.750", f'href="/jobs/{number + 1}"', 'href="/corpora/made"', "0.25", "abc"):
         assert text in html
 
