@@ -104,6 +104,7 @@ def test_what_changes_something_is_not_open_to_viewers_unless_listed_here() -> N
         "/list/list",
         "/logout",
         "/mentions/read",
+        "/model/get",
         "/model/list",
         "/search-all",
         "/search-all/",
