@@ -50,7 +50,7 @@ $(VENV)/.worker: pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "Installing SAE Atlas with what its tests need"
-	@.ci/pip-install $(BIN)/python --editable ".[worker,data,oidc,dev]"
+	@.ci/pip-install $(BIN)/python --editable ".[worker,data,oidc,otel,dev]"
 	@touch $@ $(VENV)/.worker
 
 clean:

@@ -68,6 +68,7 @@ from app.web import (
     sharing,
     source,
     steering,
+    tracing,
     trash,
     upload,
     vectors,
@@ -94,6 +95,8 @@ MAX_BODY_BYTES = 2**25
 def create_app(settings: Settings) -> FastAPI:
     """Return the application. Its lifespan opens the catalog, whose schema must be the code's, and the worker."""
 
+    tracing_provider = tracing.provider_of(settings) if settings.otel_endpoint else None
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         engine = db.connect(settings)
@@ -106,6 +109,8 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
+            if tracing_provider is not None:
+                tracing_provider.shutdown()
             await app.state.worker.close()
             app.state.visits.close()
             engine.dispose()
@@ -140,6 +145,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
     app.add_middleware(Guard, public_url=settings.public_url, max_body_bytes=MAX_BODY_BYTES, larger=larger)
     app.add_middleware(Measured, measures=app.state.measures)
+    if tracing_provider is not None:
+        app.add_middleware(tracing.Traced, provider=tracing_provider)
     if settings.team:
         app.add_middleware(Proxied, trusted=settings.trusted_proxies)
     app.mount("/static", VersionedStatic(version), name="static")

@@ -145,6 +145,10 @@ class Settings(BaseSettings):
         repr=False,
         description="Bearer token that /metrics wants; without one it answers programs on this machine only.",
     )
+    otel_endpoint: str = Field(
+        default="",
+        description="OpenTelemetry collector that gets traces over HTTP, such as http://127.0.0.1:4318; needs [otel].",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severity that is logged."
     )

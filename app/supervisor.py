@@ -278,6 +278,10 @@ def check_address(settings: Settings) -> Settings:
             "a team set SAE_ATLAS_TEAM=1 and SAE_ATLAS_PUBLIC_URL, and run `sae-atlas user invite --role admin`. "
             "For you alone use 127.0.0.1, and ssh -L 3000:127.0.0.1:3000 to reach it from elsewhere."
         )
+    if settings.otel_endpoint and find_spec("opentelemetry") is None:
+        raise BadInput(
+            "Traces need OpenTelemetry. Run: pip install 'sae-atlas[otel]', or unset SAE_ATLAS_OTEL_ENDPOINT."
+        )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
