@@ -39,6 +39,7 @@ from app.readings import Reader
 from app.settings import Settings
 from app.web import (
     account,
+    activity,
     admin,
     audit,
     bookmarks,
@@ -172,6 +173,7 @@ def create_app(settings: Settings) -> FastAPI:
     for pages in (
         home,
         account,
+        activity,
         oidc,
         admin,
         people,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
+from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import cards, catalog, search
+from app import cards, catalog, jobs, lists, search
 from app.cards import Shelf
 from app.catalog import FeatureRow, ModelEntry, SourceCard
+from app.people import Actor
 from app.present import Window
 from app.web.access import VIEWER, actor_of
 from app.web.pages import Config, Db, render
@@ -26,6 +28,8 @@ class HomePage:
     """A few features of one SAE, each with its strongest example where that can be read."""
     n_features: int
     shelf: Shelf = field(default_factory=Shelf)
+    mine: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    """What is the reader's own, in team mode: headings with links."""
 
     @property
     def shown(self) -> tuple[SourceCard, ...]:
@@ -51,7 +55,27 @@ def home(request: Request, session: Db, settings: Config, chosen: Choice) -> Res
         example = examples.get((source.id, row.index))
         shown = top_window(settings, example, source.model_id, special[source.model_id]) if example else None
         samples.append((source, row, shown))
-    return render(request, "home.html", HomePage(found.models, tuple(samples), found.n_features, shelf))
+    return render(
+        request,
+        "home.html",
+        HomePage(found.models, tuple(samples), found.n_features, shelf, _mine(session, actor_of(request))),
+    )
+
+
+def _mine(session: Session, who: Actor | None) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Return what somebody looked at lately and starred, their jobs and lists; nothing without accounts."""
+    if who is None or who.id is None:
+        return ()
+    found = (
+        ("Looked at lately", [(s.path, s.path[1:]) for s in cards.recent(session, who, 6)]),
+        ("Starred", [(s.path, s.path[1:]) for s in cards.starred(session, who, 6)]),
+        (
+            "Your jobs",
+            [(f"/jobs/{job.id}", f"{job.title} ({job.state})") for job in jobs.recent(session, 6, owner=who.name)],
+        ),
+        ("Your lists", [(own.path, own.name) for own in lists.seen_by(session, who, owned=True)[:6]]),
+    )
+    return tuple((heading, tuple(links)) for heading, links in found if links)
 
 
 @router.get("/random", dependencies=[VIEWER])
