@@ -27,9 +27,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_trash"),
     )
     for name in _TABLES:
-        with op.batch_alter_table(name) as table:
-            table.add_column(sa.Column("trash_id", sa.Integer(), nullable=True))
-            table.create_foreign_key(f"fk_{name}_trash_id_trash", "trash", ["trash_id"], ["id"])
+        # Not by a batch: on SQLite that makes the table anew and drops the old one, to which a catalog's rows point.
+        reference = f"CONSTRAINT fk_{name}_trash_id_trash REFERENCES trash (id)"
+        op.execute(f"ALTER TABLE {name} ADD COLUMN trash_id INTEGER {reference}")
     with op.batch_alter_table("retired_explanations") as table:
         table.add_column(sa.Column("was_id", sa.Integer(), nullable=True))
         table.add_column(sa.Column("votes", sa.JSON(), nullable=False, server_default="[]"))
@@ -41,6 +41,5 @@ def downgrade() -> None:
         table.drop_column("was_id")
     for name in _TABLES:
         with op.batch_alter_table(name) as table:
-            table.drop_constraint(f"fk_{name}_trash_id_trash", type_="foreignkey")
             table.drop_column("trash_id")
     op.drop_table("trash")
