@@ -71,7 +71,8 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 
 def migrate(engine: Engine, revision: str = "head") -> None:
     """Bring the schema to a revision. Processes that start at once wait for the one that migrates."""
-    with writing(engine) as connection:
+    # SQLite changes a table by making it anew and dropping the old one, which others point at meanwhile.
+    with writing(engine, foreign_keys=False) as connection:
         migrate_on(connection, revision)
 
 
@@ -157,14 +158,19 @@ def writing(engine: Engine, *, foreign_keys: bool = True) -> Generator[Connectio
             return
         if not foreign_keys:
             connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
-        with by_hand(connection):
-            _begin_exclusive(connection, deadline=time.monotonic() + 60)
-            try:
-                yield connection
-                connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                connection.exec_driver_sql("ROLLBACK")
-                raise
+        try:
+            with by_hand(connection):
+                _begin_exclusive(connection, deadline=time.monotonic() + 60)
+                try:
+                    yield connection
+                    connection.exec_driver_sql("COMMIT")
+                except BaseException:
+                    connection.exec_driver_sql("ROLLBACK")
+                    raise
+        finally:
+            if not foreign_keys:  # the connection goes back to the pool
+                connection.rollback()
+                connection.exec_driver_sql("PRAGMA foreign_keys=ON")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from app.db import SchemaError
 from app.settings import Settings
 from app.tables import Job, Table
 from tests import every_table
+from tests.conftest import D_SAE, fill
 
 _MODEL = "INSERT INTO models (id, name, hash, card, created_at) VALUES ('m', 'm', '', '{}', '2026-01-01')"
 _SOURCE = (
@@ -58,6 +59,19 @@ def test_migrations_go_down_to_nothing_and_up_again(engine: Engine) -> None:
     assert inspect(engine).get_table_names() == ["alembic_version"]
     db.migrate(engine)
     db.check_schema(engine)
+
+
+def test_a_filled_catalog_is_migrated_as_a_server_does_it(engine: Engine, settings: Settings) -> None:
+    db.migrate(engine)
+    with db.sessions(engine).begin() as session:
+        fill(session, settings)
+    db.migrate(engine, "0016")
+    db.migrate(engine)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM features")) == D_SAE
+        if engine.dialect.name == "sqlite":
+            assert connection.scalar(text("PRAGMA foreign_keys")) == 1
+            assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
 
 
 def test_every_revision_goes_up_down_and_up_again_with_rows_in_every_table(engine: Engine) -> None:
