@@ -88,7 +88,9 @@ def bounded(probabilities: Tensor, settings: Settings) -> Tensor:
             values[settings.top_k :] = 0
         if settings.top_p < 1:
             before = values.cumsum(-1) - values
-            values[before >= settings.top_p * values.sum()] = 0
+            beyond = before >= settings.top_p * values.sum()
+            beyond[0] = False  # a top_p that rounds to 0 leaves the likeliest
+            values[beyond] = 0
         p = torch.zeros_like(p).scatter_(0, indices, values)
     if settings.min_p > 0:
         p = p.masked_fill(p < settings.min_p * p.max(), 0)
