@@ -8,6 +8,7 @@
                                      "effects" (base64; effects null where they were not measured)}
     evidence/explanations.jsonl.zst  explanations by people and models
     evidence/map.json.zst            the 2-D map of its features (app.maps), where there is one
+    evidence/lists.jsonl.zst         lists that hold one of its features and are shared, where there are any
 
 Nothing is taken from a bundle but these files, and each only when its hash is the manifest's.
 """
@@ -23,21 +24,34 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import zstandard
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import embeddings, evidence, harvests, maps, weights, wording
+from app import cards, embeddings, evidence, harvests, lists, maps, visibility, weights, wording
 from app.corpora import Report, tokens_dir, usable_name
 from app.errors import BadFile, Conflict, NotFound
 from app.harvests import FeatureRecord
+from app.people import LOCAL
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, HarvestState, Model, Source
+from app.tables import (
+    Corpus,
+    Evidence,
+    Explanation,
+    Feature,
+    FeatureList,
+    Harvest,
+    HarvestState,
+    ListedFeature,
+    Model,
+    Source,
+)
+from app.visibility import Visibility
 
 FORMAT, VERSION = "sae-atlas-bundle", 1
 MANIFEST = "manifest.json"
@@ -52,6 +66,9 @@ FILES = (
     "evidence/explanations.jsonl.zst",
 )
 MAP_FILE = "evidence/map.json.zst"
+LISTS_FILE = "evidence/lists.jsonl.zst"
+OPTIONAL = (MAP_FILE, LISTS_FILE)
+MAX_LISTS = 10_000
 MAX_UNPACKED_BYTES = 4 * 2**30
 """Of one file: no bundle file may unpack to more."""
 
@@ -73,6 +90,26 @@ class HarvestEntry(BaseModel):
     state: str = HarvestState.COMPLETE
 
 
+class ListedEntry(BaseModel):
+    """A feature in a list: of this SAE or of another."""
+
+    model_id: Annotated[str, Field(max_length=200)]
+    source: Annotated[str, Field(max_length=200)]
+    index: Annotated[int, Field(ge=0, lt=2**31)]
+    note: Annotated[str, Field(max_length=lists.MAX_NOTE)]
+
+
+class ListEntry(BaseModel):
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8,32}$")]
+    name: Annotated[str, Field(max_length=lists.MAX_NAME)]
+    description: Annotated[str, Field(max_length=lists.MAX_TEXT)]
+    test_text: Annotated[str, Field(max_length=lists.MAX_TEXT)]
+    visibility: Visibility
+    created_at: datetime
+    updated_at: datetime
+    features: Annotated[list[ListedEntry], Field(max_length=lists.MAX_FEATURES)]
+
+
 class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -86,6 +123,8 @@ class Manifest(BaseModel):
     corpus: CorpusEntry
     harvest: HarvestEntry
     n_features: int
+    description: Annotated[str, Field(max_length=cards.MAX_DESCRIPTION)] = ""
+    tags: Annotated[list[str], Field(max_length=cards.MAX_TAGS)] = Field(default_factory=list[str])
     files: dict[str, str]
     """Relative path -> sha256."""
 
@@ -141,7 +180,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     Raises BadFile for what is no bundle or was changed, and Conflict when the source's name holds another SAE.
     """
     manifest = read_manifest(path)
-    listed = (*FILES, MAP_FILE) if MAP_FILE in manifest.files else FILES
+    listed = (*FILES, *(file for file in OPTIONAL if file in manifest.files))
     for number, file in enumerate(listed):
         report(0.2 * number / len(listed), f"Checking {file}")
         _check_file(path, file, manifest)
@@ -166,6 +205,9 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     embeddings.queue(session, settings)
     if MAP_FILE in listed:
         _import_map(session, source, path)
+    if LISTS_FILE in listed:
+        _import_lists(session, path)
+    cards.fill(session, source, manifest.description, manifest.tags)
     report(1.0, f"Imported {manifest.n_features:,} features")
     return source
 
@@ -190,6 +232,9 @@ def _write_files(
     drawn = maps.map_of(session, source.id)
     if drawn is not None:
         _pack(out / MAP_FILE, [_map_line(drawn)])
+    shared = list(_list_lines(session, source))
+    if shared:
+        _pack(out / LISTS_FILE, shared)
 
 
 def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus, out: Path) -> Manifest:
@@ -205,7 +250,9 @@ def _manifest(session: Session, source: Source, harvest: Harvest, corpus: Corpus
         corpus=entry,
         harvest=HarvestEntry.model_validate(harvest, from_attributes=True),
         n_features=source.d_sae,
-        files={file: sha256_of(out / file) for file in (*FILES, MAP_FILE) if (out / file).exists()},
+        description=source.description,
+        tags=cards.tags_of(session, source.id),
+        files={file: sha256_of(out / file) for file in (*FILES, *OPTIONAL) if (out / file).exists()},
     )
 
 
@@ -326,6 +373,50 @@ def _import_explanations(session: Session, source: Source, path: Path) -> None:
             feature = session.get(Feature, (source.id, row["index"]))
             if feature is not None:
                 feature.label = row["text"]
+
+
+def _list_lines(session: Session, source: Source) -> Iterator[bytes]:
+    held = select(ListedFeature.list_id).where(
+        ListedFeature.model_id == source.model_id, ListedFeature.source == source.name
+    )
+    shared = (Visibility.TEAM, Visibility.LINK)
+    wanted = select(FeatureList).where(FeatureList.id.in_(held), FeatureList.visibility.in_(shared))
+    for found in session.scalars(wanted.order_by(FeatureList.id).limit(MAX_LISTS)).all():
+        keys = lists.keys(lists.items(session, found))
+        entry = ListEntry(
+            id=found.id,
+            name=found.name,
+            description=found.description,
+            test_text=found.test_text,
+            visibility=Visibility(found.visibility),
+            created_at=found.created_at,
+            updated_at=found.updated_at,
+            features=[ListedEntry(model_id=k.model_id, source=k.source, index=k.index, note=k.note) for k in keys],
+        )
+        yield entry.model_dump_json().encode() + b"\n"
+
+
+def _import_lists(session: Session, path: Path) -> None:
+    """Add the lists that are not here yet, as those of whoever imports; one that is here stays as it is."""
+    owner, _ = visibility.maker(session)
+    for number, line in enumerate(_json_lines(path / LISTS_FILE)):
+        try:
+            entry = ListEntry.model_validate(line)
+        except ValidationError as error:
+            raise BadFile(f"List {number} of the bundle cannot be read: {str(error).splitlines()[0]}.") from None
+        if number >= MAX_LISTS:
+            raise BadFile(f"The bundle holds more than {MAX_LISTS:,} lists.")
+        if lists.is_taken(session, entry.id):
+            continue
+        about = entry.model_dump(exclude={"features"})
+        session.add(FeatureList(owner=owner or LOCAL.name, **about))
+        session.flush()
+        held = {(f.model_id, f.source, f.index): f for f in entry.features}
+        session.add_all(
+            ListedFeature(list_id=entry.id, position=place, **feature.model_dump())
+            for place, feature in enumerate(held.values())
+        )
+        session.flush()
 
 
 def _map_line(drawn: maps.Map) -> bytes:

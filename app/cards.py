@@ -158,6 +158,18 @@ def read_tags(text: str) -> list[str]:
     return tags
 
 
+def tags_of(session: Session, source_id: int) -> list[str]:
+    return list(session.scalars(select(SourceTag.tag).where(SourceTag.source_id == source_id).order_by(SourceTag.tag)))
+
+
+def fill(session: Session, source: Source, description: str, tags: Sequence[str]) -> None:
+    """Say of an SAE what a bundle says of it, where nobody has said anything yet."""
+    source.description = source.description or description
+    if not tags_of(session, source.id):
+        session.add_all(SourceTag(source_id=source.id, tag=tag) for tag in read_tags(", ".join(tags)))
+    session.flush()
+
+
 def _newer(session: Session, source: SourceCard, name: str) -> str:
     """Return the name of the version that replaces an SAE. Raises BadInput where that leads back to it."""
     seen, at = {source.name}, name

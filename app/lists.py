@@ -100,6 +100,12 @@ def _short(what: str, text: str, most: int) -> str:
     return text.replace("\0", "")
 
 
+def is_taken(session: Session, list_id: str) -> bool:
+    """Tell whether there is a list of that id, be it in the trash."""
+    with visibility.unlimited(session, trash=True):
+        return session.get(FeatureList, list_id) is not None
+
+
 def get(session: Session, who: Actor | None, list_id: str) -> FeatureList:
     """Return a list that somebody may see. Raises NotFound otherwise, as for one that does not exist."""
     found = session.get(FeatureList, list_id[:32])

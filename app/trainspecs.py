@@ -405,7 +405,7 @@ class TrainSpec(Spec):
     )
     weights_dtype: Literal["float32", "float16"] = Field("float16", description="Precision of the weights on disk.")
     harvest_tokens: int = Field(
-        0,
+        1_000_000,
         ge=0,
         le=10**11,
         description="Tokens of the harvest queued at the end, which makes the dashboards; 0 queues none.",

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import bundles, db, harvests, maps
+from app import bundles, cards, db, harvests, lists, maps, trash
 from app.errors import BadFile, Conflict
 from app.evidence import Effect, pack_effects, unpack_effects
+from app.lists import Key
+from app.people import LOCAL
 from app.settings import Settings
-from app.tables import Evidence, Explanation, Feature, Source
+from app.tables import Evidence, Explanation, Feature, FeatureList, Source
+from app.visibility import Visibility
 from tests.conftest import D_IN, D_SAE
 from tests.tiny import save_sae
 
@@ -55,6 +59,10 @@ def bundle(session: Session, settings: Settings, tmp_path: Path) -> Path:
     session.get_one(Feature, (source.id, 3)).label = "written by hand"
     one = session.scalars(select(Evidence).where(Evidence.harvest_id == source.harvest_id, Evidence.index == 3)).one()
     one.effects = pack_effects([EFFECT])
+    for visibility in (Visibility.TEAM, Visibility.PRIVATE):
+        held = [Key("tiny", "1-demo", 3, "a note"), Key("tiny", "1-demo", 0)]
+        lists.new(session, LOCAL, f"for {visibility}", "about", "a text", visibility, held)
+    cards.fill(session, source, "Finds *harbours*.", ["water", "ships"])
     places = np.arange(2 * D_SAE).reshape(D_SAE, 2) / (2 * D_SAE)
     maps.record(session, source, places, np.arange(D_SAE) % 2, [maps.Cluster("(", 0.5, 0.25, 2)] * 2, {"seed": 7})
     bundles.export_bundle(session, settings, "tiny", "1-demo", tmp_path / "bundle", quiet)
@@ -88,6 +96,10 @@ def test_export_and_import_are_an_exact_round_trip(
     assert other.get_one(Feature, (source.id, 3)).label == "written by hand"
     methods = select(Explanation.method, Explanation.text).where(Explanation.index == 3).order_by(Explanation.method)
     assert [tuple(row) for row in other.execute(methods)] == [("heuristic", "harbours"), ("human", "written by hand")]
+    assert (source.description, cards.tags_of(other, source.id)) == ("Finds *harbours*.", ["ships", "water"])
+    [held] = other.scalars(select(FeatureList)).all()
+    assert (held.name, held.description, held.test_text, held.owner) == ("for team", "about", "a text", "you")
+    assert lists.keys(lists.items(other, held)) == [Key("tiny", "1-demo", 3, "a note"), Key("tiny", "1-demo", 0)]
     again = bundles.export_bundle(other, elsewhere, "tiny", "1-demo", bundle.parent / "again", quiet)
     first = json.loads((bundle / "manifest.json").read_text())
     assert again.files == first["files"]
@@ -99,6 +111,34 @@ def test_importing_twice_changes_nothing(bundle: Path, other: Session, elsewhere
     bundles.import_bundle(other, elsewhere, bundle, quiet)
     assert everything(other) == before
     assert len(other.scalars(select(Source)).all()) == 1
+    assert len(other.scalars(select(FeatureList)).all()) == 1
+
+
+def test_a_list_that_was_changed_or_deleted_here_stays_so(bundle: Path, other: Session, elsewhere: Settings) -> None:
+    bundles.import_bundle(other, elsewhere, bundle, quiet)
+    [held] = other.scalars(select(FeatureList)).all()
+    held.name = "renamed"
+    bundles.import_bundle(other, elsewhere, bundle, quiet)
+    assert [found.name for found in other.scalars(select(FeatureList))] == ["renamed"]
+    trash.put(other, LOCAL, held)
+    bundles.import_bundle(other, elsewhere, bundle, quiet)
+    assert other.scalars(select(FeatureList)).all() == []
+
+
+@pytest.mark.parametrize(
+    "changed", [{"id": "../x"}, {"name": "n" * 201}, {"visibility": "all"}, {"features": [{"index": -1}]}, {"id": None}]
+)
+def test_a_list_that_makes_no_sense_is_refused(
+    bundle: Path, other: Session, elsewhere: Settings, changed: dict[str, object]
+) -> None:
+    file = bundle / bundles.LISTS_FILE
+    line = json.loads(zstandard.ZstdDecompressor().decompress(file.read_bytes(), 2**20)) | changed
+    file.write_bytes(zstandard.compress(json.dumps(line).encode()))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][bundles.LISTS_FILE] = bundles.sha256_of(file)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadFile, match="List 0 of the bundle cannot be read"):
+        bundles.import_bundle(other, elsewhere, bundle, quiet)
 
 
 @pytest.mark.parametrize("file", bundles.FILES)

@@ -46,6 +46,7 @@ LONG: dict[str, Any] = {
     "evaluate_every_steps": 500,
     "n_eval_tokens": 1_000,
     "held_out": 0.2,
+    "harvest_tokens": 0,
 }
 BAD: dict[str, Any] = {
     **{name: value for name, value in LONG.items() if name not in ("k", "aux_k")},

@@ -50,6 +50,7 @@ SPEC: dict[str, Any] = {
     "dead_after_tokens": 2_000,
     "steps_per_checkpoint": 10,
     "n_eval_tokens": 1_000,
+    "harvest_tokens": 0,
     "held_out": 0.2,
     "weights_dtype": "float32",
 }

@@ -270,7 +270,7 @@ class Run:
         shards = {part.shard: self.shards(part.shard) for part in window.parts}
         reader = _reader(self.context.directory, window, shards, norms, self.spec.data_seed)
         precision = _precision(self.spec, self.device)
-        began, taken = time.monotonic(), 0
+        began, taken, looked = time.monotonic(), 0, 0.0
         for step in range(begin, stop):
             waiting = [learner for learner in learners if learner.step == step]
             if not waiting:
@@ -285,10 +285,12 @@ class Run:
                 self.spent.step_flops += len(x) * trainplan.step_flops(learner.spec, self.text.model.card)
                 metrics |= self._named(learner.spec, told or {})
             taken += 1
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - began - looked
             speed = taken * self.spec.batch_size / seconds
             if across.leads() and ((step + 1) % self.spec.evaluate_every_steps == 0 or last):
+                looking = time.monotonic()
                 metrics |= self._look(learners, norms, step + 1)
+                looked += time.monotonic() - looking
             if metrics:
                 metrics |= {
                     "tokens": float((step + 1) * self.spec.batch_size),
@@ -297,7 +299,7 @@ class Run:
                 }
                 self.context.metric(step + 1, metrics)
             self._report(step + 1, whole, metrics, speed)
-        self.spent.step_seconds += time.monotonic() - began
+        self.spent.step_seconds += time.monotonic() - began - looked
 
     def _named(self, sae: SaeSpec, metrics: Mapping[str, float]) -> dict[str, float]:
         return {curves.key(sae.source, name, len(self.spec.saes)): value for name, value in metrics.items()}
