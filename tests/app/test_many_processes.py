@@ -195,7 +195,7 @@ def test_jobs_asked_for_on_one_are_shared_by_both_trainers_and_seen_moving_on_th
     fragment = {"hx-request": "true"}
     for job in jobs:
         page = there.get(f"/jobs/{job}", headers=fragment).text
-        assert "hx-get" in page, "the page goes on asking while the job runs"
+        assert " data-moving" in page, "the page goes on asking while the job runs"
     for step in range(STEPS - 1):
         for job in jobs:
             team.let_go(job, step)
@@ -211,7 +211,7 @@ def test_jobs_asked_for_on_one_are_shared_by_both_trainers_and_seen_moving_on_th
     team.let_go(jobs[1], STEPS - 1)
     until(lambda: [state(job)["state"] for job in jobs] == ["cancelled", "done"], "one cancelled, one done")
     ended = here.get(f"/jobs/{jobs[1]}", headers=fragment).text
-    assert "hx-trigger" not in ended, "a job that ended is asked for no more"
+    assert " data-moving" not in ended, "a job that ended is asked for no more"
     with db.sessions(db.connect(team.fleet.settings))() as session:
         executors = {session.get_one(Job, job).executor for job in jobs}
         owners = {session.get_one(Job, job).owner for job in jobs}
