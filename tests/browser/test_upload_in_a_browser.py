@@ -32,7 +32,7 @@ def test_an_sae_is_added_by_its_folder_and_removed(
         expect(page.locator("#check")).to_contain_text("being checked on real text")
         expect(page.locator("#memory")).to_contain_text("KiB in memory")
         page.get_by_text("Remove this SAE").click()
-        page.get_by_role("button", name="Remove 1-sae for good").click()
+        page.get_by_role("button", name="Remove 1-sae").click()
         page.wait_for_url("**/tiny")
         expect(page.get_by_role("link", name="1-sae", exact=True)).to_have_count(0)
         page.close()
