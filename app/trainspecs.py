@@ -389,7 +389,7 @@ class TrainSpec(Spec):
         ge=1,
         le=64,
         description="Processes that share each batch, on one machine: as many as it has GPUs for a wide SAE, "
-        "else 1. batchtopk and matryoshka_batchtopk then choose their k latents a token within each share.",
+        "else 1. The weights are those of one process, up to the order of sums.",
     )
     steps_per_checkpoint: int = Field(
         40, ge=1, le=MAX_STEPS, description="Optimiser steps between checkpoints; seconds of work."

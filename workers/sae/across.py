@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -66,6 +66,55 @@ def largest(x: Tensor) -> Tensor:
     found = x.to(torch.int32) if x.dtype is torch.bool else x.clone()
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.to(x.dtype)
+
+
+@torch.no_grad()
+def total(n: int) -> int:
+    """Return the sum of a count over the processes."""
+    if size() == 1:
+        return n
+    found = torch.tensor(n, device=_device())
+    dist.all_reduce(found)
+    return int(found)
+
+
+@torch.no_grad()
+def smallest(value: float) -> float:
+    """Return the least of the processes' numbers."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64, device=_device())
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return float(found)
+
+
+@torch.no_grad()
+def among_largest(values: Float[Tensor, " part"], n: int) -> Bool[Tensor, " part"]:
+    """Return which of this process' values are among the n largest of all processes', of which there are n or more.
+
+    Of equal ones at the end, those of the first process that has them stay.
+    """
+    held, mine = (values, slice(None)) if size() == 1 else _listed(values)
+    chosen = torch.zeros(len(held), dtype=torch.bool, device=values.device)
+    chosen[held.topk(n, sorted=False).indices] = True
+    return chosen[mine]
+
+
+def _listed(values: Float[Tensor, " part"]) -> tuple[Float[Tensor, " all"], slice]:
+    """Return all processes' values, first process first, the same on each; and where this one's are."""
+    counts = torch.zeros(size(), dtype=torch.long, device=values.device)
+    counts[rank()] = len(values)
+    dist.all_reduce(counts)
+    starts = [0, *counts.cumsum(0).tolist()]
+    mine = slice(starts[rank()], starts[rank() + 1])
+    held = values.new_zeros(starts[-1], dtype=torch.float32)
+    held[mine] = values.float()
+    dist.all_reduce(held)
+    return held, mine
+
+
+def _device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 @torch.no_grad()

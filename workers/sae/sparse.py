@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
+from workers.sae import across
+
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
 
 
@@ -60,15 +62,17 @@ def choose_k(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Pattern:
 def choose_batch(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Pattern:
     """Return the k * batch largest of all, where so many are positive; else all positive ones.
 
+    Where several processes share the batch, the choice is over all of it: a share with much to say takes more.
     A selection over the whole would run on one core for seconds, so a sample says first where to look.
     """
-    n = k * pre_acts.shape[0]
-    mask = pre_acts > max(_bound(pre_acts, n), 0.0)
-    if int(mask.sum()) < n:
+    n = k * across.total(pre_acts.shape[0])
+    # The least bound of all shares: above it lie more than n, or else all that are positive are looked at.
+    mask = pre_acts > max(across.smallest(_bound(pre_acts, k * pre_acts.shape[0])), 0.0)
+    if across.total(int(mask.sum())) < n:
         mask = pre_acts > 0
     rows, latents = mask.nonzero(as_tuple=True)
-    if len(rows) > n:
-        kept = pre_acts[rows, latents].topk(n, sorted=False).indices.sort().values
+    if across.total(len(rows)) > n:
+        kept = across.among_largest(pre_acts[rows, latents], n)
         rows, latents = rows[kept], latents[kept]
     counts = torch.bincount(rows, minlength=pre_acts.shape[0])
     return Pattern(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), latents, pre_acts.shape[1])
