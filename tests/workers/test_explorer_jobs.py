@@ -104,6 +104,7 @@ def test_the_job_of_new_labels_lets_the_search_find_them_by_meaning(client: Test
     answer = client.post("/search/embed", follow_redirects=False)
     assert re.fullmatch(r"/jobs/\d+", answer.headers["location"])
     job = run_waiting(client, settings, "embed")
+    assert "4 of 4 texts" in client.get("/jobs").text
     client.app.state.labels._counted_at = -1e9  # type: ignore[attr-defined]  # as if five seconds had passed
     after = client.get(ask).text
     first = re.search(r'<p class="label"><a href="([^"]+)">([^<]+)</a>', after)

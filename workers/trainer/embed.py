@@ -46,9 +46,9 @@ class Embed(JobKind):
             part = waiting[start : start + STORE_EVERY]
             made: list[meaning.Vectors] = []
             for at in range(0, len(part), BATCH):
-                done = start + at
-                context.report(done / len(waiting), f"{done:,} of {len(waiting):,} texts")
                 made.append(encoder.embed([text for _, text in part[at : at + BATCH]]))
+                done = min(start + at + BATCH, start + len(part))
+                context.report(done / len(waiting), f"{done:,} of {len(waiting):,} texts")
             with context.sessions.begin() as session:
                 embeddings.store(session, [name for name, _ in part], np.concatenate(made))
 
