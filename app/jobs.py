@@ -30,8 +30,13 @@ LINES_KEPT = 2_000
 LINE_CHARS = 4_000
 
 
-def submit(session: Session, settings: Settings, kind: str, title: str, spec: dict[str, Any]) -> Job:
-    """Add a queued job; a trainer takes it up within a second or two of the commit. Raises Busy when too many wait."""
+def submit(
+    session: Session, settings: Settings, kind: str, title: str, spec: dict[str, Any], *, private: bool = False
+) -> Job:
+    """Add a queued job; a trainer takes it up within a second or two of the commit. Raises Busy when too many wait.
+
+    Only its owner sees a private one, and one that is about a private SAE.
+    """
     waits = select(func.count()).where(Job.state == JobState.QUEUED)
     with visibility.unlimited(session):
         waiting = session.scalar(waits) or 0
@@ -49,7 +54,7 @@ def submit(session: Session, settings: Settings, kind: str, title: str, spec: di
             retry_after=60,
         )
     job = Job(kind=kind, title=title[:200], spec=spec, result={}, workflow_id="", owner=owner)
-    if _about_private(session, spec):
+    if private or _about_private(session, spec):
         job.visibility = Visibility.PRIVATE
     session.add(job)
     session.flush()

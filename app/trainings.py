@@ -27,6 +27,7 @@ from app.specs import CorpusSpec
 from app.tables import Corpus, Job, JobState, Source
 from app.trainplan import Estimate, Speed
 from app.trainspecs import SaeSpec, TrainSpec
+from app.visibility import Visibility
 
 KIND = "train"
 CHARS_PER_TOKEN = 4
@@ -112,7 +113,15 @@ def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
 def queue(session: Session, settings: Settings, spec: TrainSpec) -> Job:
     """Queue a training. Raises BadSpec for one that cannot be."""
     outlook(session, settings, spec)
-    return jobs.submit(session, settings, KIND, spec.title, spec.model_dump(mode="json", exclude_none=True))
+    private = spec.visibility == Visibility.PRIVATE or _replaces_private(session, spec)
+    asked = spec.model_dump(mode="json", exclude_none=True)
+    return jobs.submit(session, settings, KIND, spec.title, asked, private=private)
+
+
+def _replaces_private(session: Session, spec: TrainSpec) -> bool:
+    """Tell whether one of the SAEs takes the place of one that only its owner sees: the job's title would name it."""
+    there = select(Source.id).where(Source.model_id == spec.model, Source.name.in_([sae.source for sae in spec.saes]))
+    return session.scalar(there.where(Source.visibility == Visibility.PRIVATE).limit(1)) is not None
 
 
 def memory_limit(session: Session, settings: Settings) -> int:
@@ -315,11 +324,13 @@ def _notes(session: Session, settings: Settings, spec: TrainSpec, entry: ModelEn
     most = n_train * trainplan.tokens_per_context(spec)
     if most < spec.n_tokens:
         yield f"The corpus gives {most:,} tokens to train on, fewer than the {spec.n_tokens:,} asked for: all are read."
-    taken = {source.name for source in entry.sources}
+    taken = {source.name: source.visibility for source in entry.sources}
     replaced = [sae.source for sae in spec.saes if sae.source in taken]
     if replaced:
         is_, it = ("is", "it") if len(replaced) == 1 else ("are", "them")
         yield f"{', '.join(replaced[:4])} {is_} in the catalog already: the end of this training replaces {it}."
+    if spec.visibility == Visibility.PRIVATE and (seen := [n for n in replaced if taken[n] != Visibility.PRIVATE]):
+        yield f"{', '.join(seen[:4])}: seen by others already, and so afterwards; the page of an SAE changes that."
     if not spec.harvest_tokens:
         yield "harvest_tokens is 0: no dashboards are made at the end."
     if not jobs.trainers(session, settings):

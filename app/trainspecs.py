@@ -410,6 +410,11 @@ class TrainSpec(Spec):
         le=10**11,
         description="Tokens of the harvest queued at the end, which makes the dashboards; 0 queues none.",
     )
+    visibility: Literal["team", "private"] = Field(
+        "team",
+        description="Who sees the job, its SAEs and their dashboards: everybody here, or only you and the admins. "
+        "Their pages can change it later.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,7 @@ from app.web.pages import Config, Db, base_of
 
 router = APIRouter()
 
-_WORDS = {
+WORDS = {
     Visibility.PRIVATE: "only you",
     Visibility.TEAM: "everybody here",
     Visibility.LINK: "everybody here, and whoever has the link",
@@ -37,13 +37,13 @@ class Sharing:
 
     @property
     def choices(self) -> tuple[tuple[str, str], ...]:
-        return tuple((value, words) for value, words in _WORDS.items())
+        return tuple((value, words) for value, words in WORDS.items())
 
     @property
     def seen_by(self) -> str:
         if self.visibility == Visibility.PRIVATE and not self.may_change:
             return f"only {self.owner}"
-        return _WORDS[Visibility(self.visibility)]
+        return WORDS[Visibility(self.visibility)]
 
 
 def sharing(request: Request, kind: str, key: object, owner: str, seen_by: str, link: str) -> Sharing | None:

@@ -24,11 +24,13 @@ from app.settings import Settings
 from app.trainforms import Preset
 from app.trainings import BadSpec, Fault, Outlook
 from app.trainspecs import Architecture, SaeSpec, TrainSpec
+from app.visibility import Visibility
 from app.web import forms
 from app.web.access import EDITOR, VIEWER
 from app.web.forms import Field
 from app.web.pages import Config, Db, query, render
 from app.web.problems import Problem, of
+from app.web.sharing import WORDS
 
 router = APIRouter()
 
@@ -76,6 +78,7 @@ _LABELS = {
     "n_eval_tokens": "evaluation, tokens",
     "weights_dtype": "weights on disk",
     "harvest_tokens": "dashboards from, tokens",
+    "visibility": "seen by",
 }
 _OF = {
     name: " ".join(str(a) for a in Architecture if name in a.fields)
@@ -90,6 +93,7 @@ _OPTIONS: dict[str, list[tuple[str, str]]] = {
         *((name, name) for name in ("aux_k", "resample", "pre_act", "none", "ghost_grads")),
     ],
     "penalty": [("", "step"), ("tanh", "tanh")],
+    "visibility": [("team", WORDS[Visibility.TEAM]), ("private", WORDS[Visibility.PRIVATE])],
     "hook": list(trainforms.HOOKS.items()),
     "hook_out": [(kind, trainforms.HOOKS[kind]) for kind in trainforms.HOOKS_OUT],
 }
@@ -125,6 +129,8 @@ class TrainPage:
     cloned: str
     """What it repeats, in words."""
     trainers: int
+    shared: bool
+    """There are others here, who may see what it makes or not."""
     problem: Problem | None = None
 
 
@@ -148,7 +154,8 @@ def train_form(
         if not isinstance(spec, Mapping):
             raise NotFound(f"{like} was not trained by SAE Atlas, so its settings are not known.")
         # The spec of an SAE leaves out what happened to it afterwards.
-        asked = {"harvest_tokens": USUAL_HARVEST, **cast(Mapping[str, Any], spec)}
+        seen_by = "private" if source.visibility == Visibility.PRIVATE else "team"
+        asked = {"harvest_tokens": USUAL_HARVEST, "visibility": seen_by, **cast(Mapping[str, Any], spec)}
         return _again(request, session, settings, asked, source.name)
     return _render(request, _page(session, settings, _given(request.query_params), preset=preset))
 
@@ -299,6 +306,7 @@ def _page(
         text=text,
         cloned=cloned,
         trainers=len(jobs.trainers(session, settings)),
+        shared=settings.team,
         problem=problem,
     )
 

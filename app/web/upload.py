@@ -13,14 +13,16 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from app import catalog, formats, harvests, hub, validations, weights
+from app import catalog, formats, harvests, hub, validations, visibility, weights
 from app.catalog import ModelEntry
 from app.errors import AtlasError, BadFile, BadInput
 from app.settings import Settings
+from app.visibility import Visibility
 from app.web.access import EDITOR, VIEWER
 from app.web.multipart import Form, closing, full_in_words, wants_json
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
+from app.web.sharing import WORDS
 
 router = APIRouter()
 
@@ -30,6 +32,7 @@ _KEPT = (".json", ".safetensors", ".npz", "ae.pt")
 _NAMED_ONLY = (".pt", ".pth", ".pkl", ".bin", ".ckpt")
 """Their bytes are dropped as they come; the name is kept, so that the refusal can say what was given."""
 _FOLDERS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}")
+_SEEN_BY = (Visibility.TEAM, Visibility.PRIVATE)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -43,6 +46,9 @@ class UploadPage:
     formats: tuple[tuple[str, str], ...]
     """Name and files of each."""
     limit: int
+    choices: tuple[tuple[str, str], ...]
+    """Who may see it, in words; none on a server without accounts."""
+    seen_by: str
     problem: Problem | None = None
 
 
@@ -108,6 +114,7 @@ class _Files:
 def _add(session: Session, settings: Settings, directory: Path, fields: dict[str, str], where: str) -> str:
     """Judge, store and catalogue what was uploaded, ask for its check, and return its address."""
     set_name = harvests.check_set_name(fields.get("set_name", ""))
+    _seen_by(session, fields.get("visibility", "").strip())
     card = catalog.model_entry(session, fields.get("model", "")).card
     hook = fields.get("hook", "").strip()
     if not any(directory.iterdir()):
@@ -132,6 +139,14 @@ def _add(session: Session, settings: Settings, directory: Path, fields: dict[str
     return f"/{card.id}/{name}"
 
 
+def _seen_by(session: Session, asked: str) -> None:
+    """Say who sees what the session stores. Raises BadInput for what an upload does not offer."""
+    if asked and asked not in _SEEN_BY:
+        raise BadInput(f"An SAE that is uploaded is seen by {' or '.join(_SEEN_BY)}; not {asked[:40]!r}.")
+    owner, usual = visibility.maker(session)
+    visibility.make_for(session, owner, asked or usual)
+
+
 def _page(session: Session, settings: Settings, fields: dict[str, str], problem: Problem | None = None) -> UploadPage:
     session.rollback()
     return UploadPage(
@@ -142,5 +157,7 @@ def _page(session: Session, settings: Settings, fields: dict[str, str], problem:
         folder=fields.get("folder", ""),
         formats=formats.known(),
         limit=settings.max_sae_bytes,
+        choices=tuple((value, WORDS[value]) for value in _SEEN_BY) if settings.team else (),
+        seen_by=fields.get("visibility", ""),
         problem=problem,
     )

@@ -23,6 +23,7 @@ from app.tables import Explanation, Feature, Harvest, Job, Source, SteeringRun, 
 from app.visibility import Reader, Visibility
 from tests import conftest
 from tests.app.test_team_mode import routes_of
+from tests.app.test_upload import JSON, sae, send
 
 PUBLIC = "http://localhost:3000"
 ADA, BOB = Actor("ada", Role.EDITOR, 1), Actor("bob", Role.EDITOR, 2)
@@ -250,6 +251,63 @@ def test_what_is_made_of_something_private_is_private(lab: Lab) -> None:
         assert session.get_one(Job, lab.ids["job"]).visibility == Visibility.PRIVATE
         assert session.get_one(SteeringRun, lab.ids["run"]).visibility == Visibility.PRIVATE
         assert session.get_one(SteeringVector, lab.ids["vector"]).owner == "ada"
+
+
+TRAINING = {
+    **{"model": "tiny", "corpus": "made", "hook": "hook_resid_post", "layer": "1", "set_name": "okapi", "k": "4"},
+    **{"d_sae": "32", "context_size": "16", "batch_size": "8", "n_tokens": "2,000"},
+}
+
+
+def _train_form(page: str) -> str:
+    return page[page.index('class="train"') : page.index("</form>", page.index('class="train"'))]
+
+
+def test_a_training_is_private_from_the_start_where_its_form_says_so(lab: Lab) -> None:
+    ada, bob = lab.as_("ada"), lab.as_("bob")
+    form = _train_form(ada.get("/train", params=TRAINING | {"visibility": "private"}).text)
+    assert '<option value="private" selected>only you' in form
+    assert '<option value="team" selected>everybody here' in _train_form(ada.get("/train").text)
+    path = ada.post("/train", data=TRAINING | {"visibility": "private"}).headers["location"]
+    assert bob.get(path).status_code == 404
+    assert "okapi" not in bob.get("/jobs").text
+    assert "okapi" in ada.get("/jobs").text
+    assert '<option value="private" selected>' in _train_form(ada.get("/train", params={"clone": path[6:]}).text)
+    shared = ada.post("/train", data=TRAINING).headers["location"]
+    assert bob.get(shared).status_code == 200
+    refused = ada.post("/train", data=TRAINING | {"visibility": "everybody"})
+    assert refused.status_code == 422
+    assert "team" in refused.text
+
+
+def test_what_a_private_training_makes_and_its_harvest_are_private_too(lab: Lab) -> None:
+    spec = {n: v for n, v in TRAINING.items() if n not in ("layer", "hook", "n_tokens")}
+    spec |= {"hook_name": "blocks.1.hook_resid_post", "n_tokens": "2000", "visibility": "private"}
+    answer = lab.as_("ada").post("/api/train", json=spec)
+    assert answer.status_code == 201, answer.text
+    with lab.app.state.sessions.begin() as session:
+        visibility.make_for_job(session, answer.json()["id"])
+        assert visibility.maker(session) == ("ada", Visibility.PRIVATE)
+
+
+def test_a_training_in_place_of_a_private_sae_is_as_private(lab: Lab) -> None:
+    ada, bob = lab.as_("ada"), lab.as_("bob")
+    path = ada.post("/train", data=TRAINING | {"set_name": "zebra"}).headers["location"]
+    assert bob.get(path).status_code == 404
+    lab.share("team")
+    told = ada.get("/train/outlook", params=TRAINING | {"set_name": "zebra", "visibility": "private"}).text
+    assert "seen by others already" in told
+
+
+def test_an_upload_is_private_from_the_start_and_its_check_too(lab: Lab) -> None:
+    ada, bob = lab.as_("ada"), lab.as_("bob")
+    assert 'name="visibility"' in ada.get("/upload").text
+    refused = send(ada, sae(), JSON, set_name="okapi", visibility="link")
+    assert (refused.status_code, "team or private" in refused.text) == (422, True)
+    path = send(ada, sae(), JSON, set_name="okapi", visibility="private").json()["url"]
+    assert (ada.get(path).status_code, bob.get(path).status_code) == (200, 404)
+    assert "okapi" in ada.get("/jobs").text
+    assert "okapi" not in bob.get("/jobs").text
 
 
 def test_a_name_that_is_taken_unseen_is_refused_and_nothing_is_overwritten(lab: Lab) -> None:

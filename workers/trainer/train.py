@@ -503,7 +503,7 @@ def _catalogue(session: Session, run: Run, sae: SaeSpec, metrics: dict[str, Any]
     origin = {
         "kind": "trained",
         "job": run.context.job_id,
-        "spec": spec.model_dump(mode="json", exclude={"harvest_tokens"}, exclude_none=True),
+        "spec": spec.model_dump(mode="json", exclude={"harvest_tokens", "visibility"}, exclude_none=True),
         "corpus": {"name": run.spec.corpus, "hash": corpora.corpus_named(session, run.spec.corpus).hash},
         "trained_with": _software(),
         "hours": round((spent.forward_seconds + spent.step_seconds) / 3600, 4),
