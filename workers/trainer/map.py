@@ -30,6 +30,8 @@ _LARGE = 20_000
 _NAMED_BY = 2
 _QUOTED = re.compile(r"`([^`]+)`")
 _WORD = re.compile(r"[^\W\d_]{4,}")
+_TELLING = re.compile(r"[^\W\d_]{3,}")
+"""Half a word or a punctuation mark names a cluster only where it is in twice as many of its labels."""
 _PLAIN = frozenset({"fires", "after", "promotes", "words", "such", "with", "that", "this", "from", "text", "tokens"})
 
 
@@ -112,15 +114,16 @@ def clustered(placed: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 
 
 def named(placed: npt.NDArray[np.float32], cluster: npt.NDArray[np.uint16], labels: Sequence[str]) -> list[Cluster]:
-    """Name each cluster by the terms of its features' labels that are rarer elsewhere."""
+    """Name each cluster by terms of its features' labels: those in more of them, rarer elsewhere, nearer its middle."""
     terms = [terms_of(label) for label in labels]
     everywhere = Counter(term for found in terms for term in found)
     n_clusters = int(cluster[cluster != NO_CLUSTER].max()) + 1 if (cluster != NO_CLUSTER).any() else 0
     clusters: list[Cluster] = []
     for number in range(n_clusters):
         members = np.flatnonzero(cluster == number)
-        here = Counter(term for member in members.tolist() for term in terms[member])
         middle = np.median(placed[members], axis=0)
+        outwards = members[np.linalg.norm(placed[members] - middle, axis=1).argsort(kind="stable")]
+        here = Counter(term for member in outwards.tolist() for term in sorted(terms[member]))
         name = ", ".join(_distinctive(here, everywhere, len(labels)))
         clusters.append(Cluster(name, float(middle[0]), float(middle[1]), len(members)))
     return clusters
@@ -134,9 +137,17 @@ def terms_of(label: str) -> set[str]:
 
 
 def _distinctive(here: Counter[str], everywhere: Counter[str], n: int) -> list[str]:
-    """The terms with the most occurrences here, weighed by how rare they are among all labels."""
-    scores = {term: count * math.log((1 + n) / everywhere[term]) for term, count in here.items()}
-    return sorted(scores, key=lambda term: (-scores[term], term))[:_NAMED_BY]
+    """The terms in the most labels here, weighed by how rare they are among all; of equal ones the first counted."""
+
+    def score(term: str) -> float:
+        rare = math.log((1 + n) / everywhere[term])
+        return here[term] * (rare if _TELLING.fullmatch(term) else rare / 2)
+
+    best: list[str] = []
+    for term in sorted(here, key=score, reverse=True):
+        if not any(term.startswith(other) or other.startswith(term) for other in best):
+            best.append(term)
+    return best[:_NAMED_BY]
 
 
 def _principal(rows: npt.NDArray[np.float32], n: int) -> npt.NDArray[np.float32]:
