@@ -113,7 +113,9 @@ class Settings(BaseSettings):
     )
     max_d_sae: int = Field(default=2**20, ge=1, description="Widest SAE accepted, in latents.")
     cache_bytes: int = Field(
-        default=50 * 2**30, ge=1, description="Most disk a job may take for cached activations, in bytes."
+        default=50 * 2**30,
+        ge=1,
+        description="Most disk that cached activations may take, of all running jobs together, in bytes.",
     )
     beat_seconds: float = Field(default=5.0, gt=0, description="How often a trainer says that it is alive.")
     takeover_seconds: float = Field(

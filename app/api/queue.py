@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from app import jobs
+from app import jobs, readings
 from app.catalog import parse_index
 from app.errors import BadInput
+from app.readings import Reader, Readings
 from app.settings import Settings
 from app.tables import Job, JobState
 from app.web.access import EDITOR, VIEWER, Who
@@ -184,10 +185,28 @@ def logs(
 
 
 @router.get("/{job_id}/metrics", dependencies=[VIEWER])
-def metrics(job_id: str, session: Db) -> Curves:
-    """Return a job's curves: one point a step, with the values that the trainer wrote there."""
+def metrics(
+    request: Request, job_id: str, session: Db, points: Annotated[int | None, Query(ge=4, le=100_000)] = None
+) -> Curves:
+    """Return a job's curves: one point a step, with the values that the trainer wrote there.
+
+    With `points` each curve is thinned to about so many, as the job's page draws it: of neighbours the smallest and the
+    largest stay, and both ends. A step then has the values of those curves that keep it.
+    """
     job = jobs.get(session, _number(job_id))
-    return Curves(points=[{"step": point.step, **point.values} for point in jobs.metrics(session, job.id)])
+    if points is None:
+        return Curves(points=[{"step": point.step, **point.values} for point in jobs.metrics(session, job.id)])
+    reader: Reader = request.app.state.readings
+    return Curves(points=_thinned(reader.read(session, job.id), points))
+
+
+def _thinned(columns: Readings, n: int) -> list[dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for name, column in columns.items():
+        kept = readings.thinned(column, n)
+        for step, value in zip(kept.steps.tolist(), kept.values.tolist(), strict=True):
+            found.setdefault(step, {"step": step})[name] = value
+    return [found[step] for step in sorted(found)]
 
 
 def view(job: Job, places: dict[int, int]) -> JobView:

@@ -67,6 +67,22 @@ def test_a_log_is_read_on_from_its_last_line(client: TestClient) -> None:
     assert ok(client, f"{number}/metrics") == {"points": [{"step": 4, "loss": 0.5}]}
 
 
+def test_curves_are_thinned_on_request_and_keep_their_spikes(client: TestClient) -> None:
+    number = submit(client, state="running")
+    with client.app.state.sessions.begin() as session:  # type: ignore[attr-defined]
+        for step in range(1_000):
+            values = {"loss": 9.0 if step == 503 else 1.0} | ({"score": step / 7} if step % 100 == 0 else {})
+            session.add(JobMetric(job_id=number, step=step, values=values))
+    assert len(ok(client, f"{number}/metrics")["points"]) == 1_000
+    points = ok(client, f"{number}/metrics?points=20")["points"]
+    steps = [point["step"] for point in points]
+    assert steps == sorted(set(steps))
+    assert {0, 503, 999} <= {point["step"] for point in points if "loss" in point}
+    assert sum("loss" in point for point in points) <= 23
+    assert [point["score"] for point in points if "score" in point] == [step / 7 for step in range(0, 1_000, 100)]
+    assert client.get(f"/api/jobs/{number}/metrics?points=3").status_code == 422
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "99", "abc", str(2**63), "1e3", "..%2f", "%00"])
 @pytest.mark.parametrize("rest", ["", "/logs", "/metrics"])
 def test_a_job_that_does_not_exist_is_not_found(client: TestClient, number: str, rest: str) -> None:

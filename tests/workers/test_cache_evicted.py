@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from app.settings import Settings
+from app.tables import Job, JobState
 from tests.workers.test_train import SPEC, context, run, settings, weights
 from workers.activations import NotFinite
 from workers.language_model import LanguageModel
-from workers.trainer import train
+from workers.trainer import caches, train
 from workers.trainer.kinds import JobContext
 from workers.trainer.learning import Diverged
 from workers.trainer.train import Run
@@ -85,3 +86,40 @@ def test_activations_that_are_no_numbers_are_never_kept(settings: Settings, monk
     with pytest.raises(NotFinite, match=r"blocks.1.hook_resid_post are not finite on \d+ of 6,\d+ tokens"):
         train.Train().run(made, "activations 1/1")
     assert not list((settings.data_dir / "training").rglob("*.npy"))
+
+
+@pytest.fixture
+def full(settings: Settings) -> tuple[Settings, JobContext]:
+    """A running job's cache that leaves no room for another of its size, and that job."""
+    first = context(settings, CACHED)
+    train.Train().plan(first)
+    whole = Run.resume(first)
+    needed = max(int(mark.read_text()) for mark in whole.directory.glob("used-by-*"))
+    return settings.model_copy(update={"cache_bytes": needed * 3 // 2}), first
+
+
+def _elsewhere(settings: Settings, cache: str) -> JobContext:
+    """A job on the same text in other contexts, whose cache is another one."""
+    return context(settings, CACHED | {"cache": cache, "context_size": 20})
+
+
+def test_a_cache_that_running_jobs_leave_no_room_for_is_refused_with_both_numbers(
+    full: tuple[Settings, JobContext],
+) -> None:
+    settings, _ = full
+    with pytest.raises(caches.NoRoom, match=r"takes 0.\d GB; of the limit of 0.\d GB running jobs use 0.\d GB"):
+        train.Train().plan(_elsewhere(settings, "disk"))
+
+
+def test_a_job_that_may_choose_takes_a_buffer_then(full: tuple[Settings, JobContext]) -> None:
+    settings, _ = full
+    assert train.Train().plan(_elsewhere(settings, "auto"))[0].startswith("window 1/")
+
+
+def test_the_cache_of_a_job_that_runs_no_more_makes_room(full: tuple[Settings, JobContext]) -> None:
+    settings, first = full
+    Run.resume(first).read_shard(0, "activations")
+    with first.sessions.begin() as session:
+        session.get_one(Job, first.job_id).state = JobState.PAUSED
+    assert train.Train().plan(_elsewhere(settings, "disk"))[0].startswith("activations 1/")
+    assert len(list((settings.data_dir / "training").iterdir())) == 1

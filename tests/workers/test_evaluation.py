@@ -182,3 +182,38 @@ def test_page_command_and_api_ask_for_it_and_the_page_shows_it(
 @pytest.mark.parametrize("metrics", [{}, {"evaluations": "x"}, {"evaluations": [1, {"metrics": 2}, {}]}])
 def test_what_is_no_evaluation_is_not_shown(metrics: dict[str, Any]) -> None:
     assert evaluations.found(metrics) == ()
+
+
+def test_an_evaluation_that_was_interrupted_anywhere_goes_on_and_ends_with_the_same_bits(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that dies leaves what it last wrote; here it writes after every pass, and dies after each in turn."""
+    monkeypatch.setattr("workers.trainer.evaluate.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("workers.activations.TOKENS_PER_FORWARD", 8 * SIZE)
+    _, expected, _ = evaluated(settings, corpus="small")
+    make = db.sessions(db.connect(settings))
+    with make() as session:
+        job = session.scalars(select(Job)).one()
+        interrupted = Interrupted(settings, make, job.id, job.spec, settings.job_dir(100))
+    interrupted.directory.mkdir()
+    kind, n_deaths = evaluation.Evaluate(), 0
+    while n_deaths < 100:
+        try:
+            kind.run(interrupted, "measure")
+            break
+        except Killed:
+            n_deaths += 1
+    assert n_deaths >= 6
+    assert kind.finish(interrupted) == expected
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Interrupted(JobContext):
+    """A job whose process dies at every report."""
+
+    def report(self, share_of_step: float, status: str = "") -> None:
+        if "held-out" in status and share_of_step < 1:
+            raise Killed

@@ -1,14 +1,22 @@
-"""Evaluate an SAE on held-out text: reconstruction metrics, and the model's loss with the reconstruction spliced in."""
+"""Evaluate an SAE on held-out text: reconstruction metrics, and the model's loss with the reconstruction spliced in.
+
+What is summed up so far is kept in a file every few seconds: an evaluation that was killed goes on from there, and
+ends with the same bits.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -21,9 +29,15 @@ from workers.sae.stats import ReconstructionStats
 CONTEXTS_PER_PASS = 4
 ACTS_BYTES = 256 * 2**20
 """Most memory the [tokens, d_sae] activations of one batch may take."""
+CHECKPOINT_SECONDS = 5.0
+_LOSSES: tuple[str, ...] = ("ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "kl_sae", "kl_zero")
 
 Watch = Callable[[int, dict[str, float]], None]
 """Told the tokens so far and what the metrics are by then."""
+
+
+def _nobody(n_tokens: int, metrics: dict[str, float]) -> None:
+    """Watch nothing."""
 
 
 def evaluate(
@@ -35,9 +49,12 @@ def evaluate(
     n_loss_contexts: int,
     max_norm_ratio: float,
     report: Report,
-    watch: Watch = lambda n_tokens, metrics: None,
+    watch: Watch = _nobody,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Return the metrics of design.md and the tokens they were measured on.
+
+    What `checkpoint` holds of the same evaluation is not measured again.
 
     First positions and tokens of outlying norm (above max_norm_ratio times the median) are in no reconstruction
     metric and stay as they are when the reconstruction is spliced in; `outlier_share` says how many they were.
@@ -46,7 +63,8 @@ def evaluate(
     parts = read_contexts(model, stream, rows[:16], context_size, [hook], bos)
     sample = torch.cat([acts[hook][:, 1:].flatten(0, 1) for _, acts in parts])
     limit = outlier_limit(sample, max_norm_ratio)
-    held_out = _HeldOut(model, coder, stream, context_size, bos, limit, watch)
+    sums = _Sums.load(checkpoint, model.device) if checkpoint and checkpoint.exists() else _Sums()
+    held_out = _HeldOut(model, coder, stream, context_size, bos, limit, watch, _Kept(sums, checkpoint))
     metrics = _reconstruction(held_out, rows, lambda share, said: report(share * 0.5, said))
     return metrics | _spliced(held_out, rows[:n_loss_contexts], lambda share, said: report(0.5 + share * 0.5, said))
 
@@ -54,13 +72,70 @@ def evaluate(
 def ce_loss_score(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: float) -> float:
     """Return the score alone, on some contexts; tokens with a norm above the limit stay as they are."""
     bos = text.model.bos_for(coder.config)
-    held_out = _HeldOut(text.model, coder, text.stream, text.context_size, bos, limit, lambda n_tokens, metrics: None)
+    kept = _Kept(_Sums(), None)
+    held_out = _HeldOut(text.model, coder, text.stream, text.context_size, bos, limit, _nobody, kept)
     return _spliced(held_out, rows, lambda share, said: None)["ce_loss_score"]
+
+
+@dataclass
+class _Sums:
+    """All that the metrics follow from, and of how many contexts."""
+
+    n_read: int = 0
+    """Contexts in `stats`."""
+    n_seen: int = 0
+    """Tokens of these, outliers among them."""
+    n_spliced: int = 0
+    """Contexts in `losses`."""
+    n_loss_tokens: int = 0
+    losses: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_LOSSES, 0.0))
+    stats: ReconstructionStats = field(default_factory=ReconstructionStats)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> _Sums:
+        stored = load_file(path, str(device))
+        n_read, n_seen, n_spliced, n_loss_tokens, n = (int(count) for count in stored["counts"])
+        losses: dict[str, float] = dict(zip(_LOSSES, stored["losses"].tolist(), strict=True))
+        l0, squared_error, squared_norm, cosine = stored["sums"].tolist()
+        stats = ReconstructionStats(n, l0, squared_error, squared_norm, cosine, stored["total"], stored["fired"])
+        return cls(n_read, n_seen, n_spliced, n_loss_tokens, losses, stats)
+
+    def save(self, path: Path) -> None:
+        """Write the sums, whole or not at all. There must be some."""
+        stats = self.stats
+        assert stats.total is not None
+        assert stats.fired is not None
+        counts = [self.n_read, self.n_seen, self.n_spliced, self.n_loss_tokens, stats.n]
+        sums = [stats.l0, stats.squared_error, stats.squared_norm, stats.cosine]
+        tensors = {
+            "counts": torch.tensor(counts),
+            "losses": torch.tensor([self.losses[name] for name in _LOSSES], dtype=torch.float64),
+            "sums": torch.tensor(sums, dtype=torch.float64),
+            "total": stats.total.cpu(),
+            "fired": stats.fired.cpu(),
+        }
+        scratch = path.with_suffix(".new")
+        save_file(tensors, scratch)
+        os.replace(scratch, path)
+
+
+@dataclass
+class _Kept:
+    """Sums with the file that they are kept in now and then."""
+
+    sums: _Sums
+    path: Path | None
+    saved: float = field(default_factory=time.monotonic)
+
+    def now_and_then(self) -> None:
+        if self.path and self.sums.stats.n and time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
+            self.sums.save(self.path)
+            self.saved = time.monotonic()
 
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """What is measured, on contexts of which text, and which norms count as outliers."""
+    """What is measured, on contexts of which text, which norms count as outliers, and what was found so far."""
 
     model: LanguageModel
     coder: Coder
@@ -69,49 +144,56 @@ class _HeldOut:
     bos: int | None
     limit: float
     watch: Watch
+    kept: _Kept
 
 
 def _reconstruction(held_out: _HeldOut, rows: npt.NDArray[np.int64], report: Report) -> dict[str, Any]:
-    model, coder, limit = held_out.model, held_out.coder, held_out.limit
-    stats, n_seen = ReconstructionStats(), 0
-    hook, out = coder.hook_name, coder.hook_name_out
-    for _, acts in read_contexts(model, held_out.stream, rows, held_out.context_size, [hook, out], held_out.bos):
+    model, coder, limit, sums = held_out.model, held_out.coder, held_out.limit, held_out.kept.sums
+    stats, hook, out = sums.stats, coder.hook_name, coder.hook_name_out
+    left = rows[sums.n_read :]
+    for part_rows, acts in read_contexts(
+        model, held_out.stream, left, held_out.context_size, [hook, out], held_out.bos
+    ):
         x, target = (acts[name][:, 1:].flatten(0, 1).float() for name in (hook, out))
-        n_seen += len(x)
         kept = x.norm(dim=-1) <= limit
         batch = max(1, ACTS_BYTES // (4 * coder.d_sae))
         for part, aim in zip(x[kept].split(batch), target[kept].split(batch), strict=True):
             stats.add(part, coder, aim)
+        sums.n_read += len(part_rows)
+        sums.n_seen += len(x)
+        held_out.kept.now_and_then()
         found = stats.metrics()
         held_out.watch(stats.n, {name: found[name] for name in ("l0", "explained_variance")})
         numbers = f"l0 {found['l0']:.1f}, explained variance {found['explained_variance']:.3f}"
-        report(n_seen / (len(rows) * (held_out.context_size - 1)), f"{numbers} on {n_seen:,} held-out tokens")
-    return stats.metrics() | {"n_tokens": stats.n, "outlier_share": 1 - stats.n / n_seen, "max_norm": limit}
+        report(sums.n_read / len(rows), f"{numbers} on {sums.n_seen:,} held-out tokens")
+    return stats.metrics() | {"n_tokens": stats.n, "outlier_share": 1 - stats.n / sums.n_seen, "max_norm": limit}
 
 
 def _spliced(held_out: _HeldOut, rows: npt.NDArray[np.int64], report: Report) -> dict[str, Any]:
     """Cross-entropy (nats a token) clean, with the reconstruction and with zeros at the hook, and KL divergences."""
-    sums = dict.fromkeys(("ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "kl_sae", "kl_zero"), 0.0)
-    model, n_tokens = held_out.model, 0
-    for start in range(0, len(rows), CONTEXTS_PER_PASS):
+    model, sums = held_out.model, held_out.kept.sums
+    losses = sums.losses
+    for start in range(sums.n_spliced, len(rows), CONTEXTS_PER_PASS):
         part = rows[start : start + CONTEXTS_PER_PASS]
         ids = torch.from_numpy(held_out.stream.contexts(part, held_out.context_size, held_out.bos)).to(model.device)
         clean = _log_probs(model, ids, {})
-        sums["ce_loss_clean"] += _cross_entropy(clean, ids)
+        losses["ce_loss_clean"] += _cross_entropy(clean, ids)
         for name in ("sae", "zero"):
             # One run at a time: the log-probabilities of a batch over the vocabulary take 100 MB.
             log_probs = _log_probs(model, ids, _spliced_in(held_out.coder, held_out.limit, zero=name == "zero"))
-            sums[f"ce_loss_{name}"] += _cross_entropy(log_probs, ids)
-            sums[f"kl_{name}"] += float(kl_div(log_probs, clean, reduction="sum", log_target=True))
-        n_tokens += ids.shape[0] * (ids.shape[1] - 1)
-        score = _score(sums["ce_loss_zero"], sums["ce_loss_sae"], sums["ce_loss_clean"])
-        held_out.watch(n_tokens, {"ce_loss_score": score})
-        report(start / len(rows), f"ce_loss_score {score:.3f} on {n_tokens:,} held-out tokens")
-    means = {name: value / n_tokens for name, value in sums.items()}
+            losses[f"ce_loss_{name}"] += _cross_entropy(log_probs, ids)
+            losses[f"kl_{name}"] += float(kl_div(log_probs, clean, reduction="sum", log_target=True))
+        sums.n_spliced += len(part)
+        sums.n_loss_tokens += ids.shape[0] * (ids.shape[1] - 1)
+        held_out.kept.now_and_then()
+        score = _score(losses["ce_loss_zero"], losses["ce_loss_sae"], losses["ce_loss_clean"])
+        held_out.watch(sums.n_loss_tokens, {"ce_loss_score": score})
+        report(sums.n_spliced / len(rows), f"ce_loss_score {score:.3f} on {sums.n_loss_tokens:,} held-out tokens")
+    means = {name: value / sums.n_loss_tokens for name, value in losses.items()}
     return means | {
         "ce_loss_score": _score(means["ce_loss_zero"], means["ce_loss_sae"], means["ce_loss_clean"]),
         "kl_div_score": (means["kl_zero"] - means["kl_sae"]) / means["kl_zero"],
-        "n_loss_tokens": n_tokens,
+        "n_loss_tokens": sums.n_loss_tokens,
     }
 
 

@@ -58,7 +58,16 @@ class Evaluate(JobKind):
             raise BadInput(f"The text is {len(stream.tokens):,} tokens; one context takes {size}.")
         n_loss = max(1, -(-min(spec.n_loss_tokens, spec.n_tokens) // (size - 1)))
         measured = evaluate(
-            model, coder, stream, chosen.rows, size, n_loss, spec.max_norm_ratio, context.report, _points(context)
+            model,
+            coder,
+            stream,
+            chosen.rows,
+            size,
+            n_loss,
+            spec.max_norm_ratio,
+            context.report,
+            _points(context),
+            context.directory / f"evaluation-{source.sae_hash}.safetensors",
         )
         measured["density"] = measured["l0"] / coder.d_sae
         entry = {

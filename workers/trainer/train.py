@@ -150,7 +150,16 @@ class Run:
                 f"{plan.n_contexts * trainplan.tokens_per_context(spec):,}."
             )
         _write_json(context.directory / "plan.json", {"cached": plan.cached, "n_steps": plan.n_steps})
-        return cls.resume(context)
+        try:
+            return cls.resume(context)
+        except caches.NoRoom as full:
+            if spec.cache != "auto":
+                raise
+            context.log("activations are not cached", why=full.message)
+            buffered = spec.model_copy(update={"cache": "buffer"})
+            plan = trainplan.plan(buffered, text.model.card, context.settings.cache_bytes, n_train)
+            _write_json(context.directory / "plan.json", {"cached": False, "n_steps": plan.n_steps})
+            return cls.resume(context)
 
     @classmethod
     def resume(cls, context: JobContext) -> Run:
@@ -457,7 +466,15 @@ def _evaluate(run: Run, sae: SaeSpec) -> None:
     n_loss_contexts = -(-spec.n_eval_tokens // spec.context_size)
     rows = run.held_out[: max(n_loss_contexts, 800)]
     metrics = evaluate(
-        model, coder, run.text.stream, rows, spec.context_size, n_loss_contexts, spec.max_norm_ratio, run.context.report
+        model,
+        coder,
+        run.text.stream,
+        rows,
+        spec.context_size,
+        n_loss_contexts,
+        spec.max_norm_ratio,
+        run.context.report,
+        checkpoint=run.context.directory / f"{sae.source}.evaluation.safetensors",
     )
     metrics["n_trained_tokens"] = learner.step * spec.batch_size
     _write_json(run.context.directory / f"{sae.source}.metrics.json", metrics)
