@@ -342,7 +342,7 @@ def _ensure_corpus(session: Session, settings: Settings, path: Path, manifest: M
         name = usable_name(entry.name)
         if session.scalar(select(Corpus).where(Corpus.name == name)) is not None:
             name = f"{name[:90]}-{entry.hash[:6]}"
-        corpus = Corpus(**{**entry.model_dump(), "name": name})
+        corpus = Corpus(**{**entry.model_dump(), "name": name, "owner": visibility.maker(session)[0]})
         session.add(corpus)
         session.flush()
     return corpus

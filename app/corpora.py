@@ -266,6 +266,7 @@ def add_corpus(
         about=about,
         licence=licence,
         origin=origin or {},
+        owner=visibility.maker(session)[0],
     )
     session.add(corpus)
     session.flush()

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import ColumnElement, delete, func, or_, select, true
 from sqlalchemy.orm import Session
 
 from app import catalog, visibility
@@ -114,6 +114,13 @@ def get(session: Session, who: Actor | None, list_id: str) -> FeatureList:
     return found
 
 
+def shared_with(who: Actor) -> ColumnElement[bool]:
+    """Return the condition that a list is somebody's own or the team's; without accounts any is."""
+    if who.id is None:
+        return true()
+    return or_(FeatureList.owner == who.name, FeatureList.visibility == Visibility.TEAM)
+
+
 def may_see(who: Actor | None, found: FeatureList) -> bool:
     if found.visibility == Visibility.LINK:
         return True
@@ -137,14 +144,11 @@ def to_change(session: Session, who: Actor, list_id: str) -> FeatureList:
 
 def seen_by(session: Session, who: Actor, owned: bool = False) -> list[Summary]:
     """Return the lists somebody sees, newest change first; or only their own."""
-    mine = FeatureList.owner == who.name
-    shared = FeatureList.visibility == Visibility.TEAM
     wanted = select(FeatureList, func.count(ListedFeature.list_id)).outerjoin(
         ListedFeature, ListedFeature.list_id == FeatureList.id
     )
     wanted = wanted.group_by(FeatureList.id).order_by(FeatureList.updated_at.desc(), FeatureList.id)
-    if who.id is not None or owned:
-        wanted = wanted.where(mine if owned else or_(mine, shared))
+    wanted = wanted.where(FeatureList.owner == who.name if owned else shared_with(who))
     return [
         Summary(f.id, f.name, f.owner, f.visibility, n, f"{f.updated_at:%Y-%m-%d}")
         for f, n in session.execute(wanted.limit(MAX_LISTS))

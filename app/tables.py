@@ -188,6 +188,8 @@ class Corpus(Binned, Table):
     licence: Mapped[LongText] = mapped_column(Text, default="", server_default="")
     origin: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict, server_default="{}")
     """How it came here: file or dataset, columns, limits."""
+    owner: Mapped[str] = mapped_column(String(200), default="", server_default="")
+    """Name of the person who added it; empty for what nobody claimed."""
     created_at: Mapped[Moment]
 
 
@@ -720,7 +722,7 @@ class AuditEntry(Table):
     action: Mapped[Slug]
     """Method and route, such as `POST /{model}/{source}/remove`."""
     path: Mapped[str] = mapped_column(String(500))
-    """What it was done to: the address asked for."""
+    """What it was done to: the address asked for, or of the thing that a form or a program named."""
     address: Mapped[str] = mapped_column(String(64))
 
 

@@ -91,6 +91,17 @@ def unlimited(session: Session, *, trash: bool = False) -> Generator[None]:
         session.info.update(before)
 
 
+@contextmanager
+def with_trash(session: Session) -> Generator[None]:
+    """See also what was deleted, as far as the reader saw it before."""
+    before = session.info.get(_TRASH)
+    session.info[_TRASH] = True
+    try:
+        yield
+    finally:
+        session.info[_TRASH] = before
+
+
 _MAKER = "maker"
 
 

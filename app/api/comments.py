@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import AliasChoices, BaseModel, Field
 from starlette.responses import Response
 
 from app import bookmarks, catalog, comments
 from app.api.features import Json, comment_json
 from app.api.inputs import FeatureKey
+from app.web import audit
 from app.web.access import EDITOR, VIEWER, Who
 from app.web.pages import Db
 
@@ -26,13 +27,14 @@ class CommentKey(BaseModel):
 
 
 @router.post("/comment/new", dependencies=[EDITOR])
-def new(body: New, who: Who, session: Db) -> Response:
+def new(request: Request, body: New, who: Who, session: Db) -> Response:
     """Say something about a feature; `@name` tells a person of it."""
     subject = comments.of_feature(body.modelId, body.source, catalog.parse_index(body.index))
     made = comments.write(session, who, subject, body.text)
     said = next(each for each in comments.about(session, who, made.subject) if each.id == made.id)
     answer = comment_json(body.modelId, body.source, body.index, said)
     session.commit()
+    audit.about(request, made.subject)
     return Json({"message": "Said.", "comment": answer})
 
 

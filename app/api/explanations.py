@@ -15,6 +15,7 @@ from app.api.inputs import FeatureKey
 from app.labelindex import LabelIndex
 from app.people import Actor
 from app.search import Hit, Results, Scope
+from app.web import audit
 from app.web.access import EDITOR, VIEWER, Who
 from app.web.pages import Config, Db
 
@@ -59,7 +60,7 @@ class New(FeatureKey):
 
 
 @router.post("/new", dependencies=[EDITOR])
-def new(body: New, who: Who, session: Db, settings: Config) -> Response:
+def new(request: Request, body: New, who: Who, session: Db, settings: Config) -> Response:
     """Say what a feature means; the explanation that most people agree with is its label."""
     index = catalog.parse_index(body.index)
     made = explanations.write(session, who, body.modelId, body.source, index, body.description)
@@ -74,6 +75,7 @@ def new(body: New, who: Who, session: Db, settings: Config) -> Response:
         "explanationModelName": made.author,
     }
     session.commit()
+    audit.about(request, f"/{body.modelId}/{body.source}/{index}")
     return Json({"explanation": answer})
 
 

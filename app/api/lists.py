@@ -14,6 +14,7 @@ from app.api.features import Json
 from app.api.inputs import FeatureKey
 from app.lists import Key, Listed, Visibility
 from app.tables import FeatureList
+from app.web import audit
 from app.web.access import EDITOR, VIEWER, Who
 from app.web.pages import Db, base_of
 
@@ -90,12 +91,13 @@ def get(body: ListKey, who: Who, session: Db) -> Response:
 
 
 @router.post("/add-features", dependencies=[EDITOR])
-def add_features(body: AddFeatures, who: Who, session: Db) -> Response:
+def add_features(request: Request, body: AddFeatures, who: Who, session: Db) -> Response:
     """Put features at the end of a list; those that are new to it are answered."""
     found = lists.to_change(session, who, body.listId)
     added = lists.add(session, found, [_key(feature) for feature in body.featuresToAdd])
     answer = [_neuron(each) for each in lists.described(session, added)]
     session.commit()
+    audit.about(request, f"/lists/{found.id}")
     return Json(answer)
 
 

@@ -410,6 +410,7 @@ def _corpus(session: Session, place: Place, corpus_hash: str, rows: Intake) -> C
             n_chars=0,
             about=f"Examples that came with imported evidence{f', from {place.dataset}' if place.dataset else ''}.",
             origin={**place.origin, "dataset": place.dataset},
+            owner=visibility.maker(session)[0],
         )
         session.add(corpus)
         session.flush()

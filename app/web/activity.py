@@ -32,7 +32,7 @@ def activity_page(
     session: Db,
     who: Annotated[str, Query(max_length=64)] = "",
     kind: Annotated[str, Query(max_length=20)] = "",
-    before: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
+    before: Annotated[int | None, Query(ge=0, lt=2**53)] = None,
 ) -> Response:
     kind = kind if kind in activity.KINDS else ""
     found, last = activity.done(session, reader, who, kind, before)

@@ -17,6 +17,7 @@ from app.web.guard import without_secrets
 from app.web.pages import Db, query, render
 
 router = APIRouter()
+_ABOUT = "about"
 
 
 class Audit:
@@ -46,13 +47,18 @@ class Audit:
             await run_in_threadpool(_write, scope, actor, route.path)
 
 
+def about(request: Request, path: str) -> None:
+    """Say what a request changes, where its own address does not."""
+    setattr(request.state, _ABOUT, path)
+
+
 def _changes(route: Any) -> bool:
     role = role_of(route.dependencies)
     return role in (Role.EDITOR, Role.ADMIN) or route.path.startswith("/account/")
 
 
 def _write(scope: Scope, actor: Actor, template: str) -> None:
-    path = without_secrets(str(scope["path"]))
+    path = scope["state"].get(_ABOUT) or without_secrets(str(scope["path"]))
     address = str((scope.get("client") or ("",))[0])
     with scope["app"].state.sessions.begin() as session:
         audit.record(session, actor.name, actor.by_key, f"{scope['method']} {template}", path, address)

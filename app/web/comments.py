@@ -14,6 +14,7 @@ from app import comments
 from app.comments import Said
 from app.errors import BadInput
 from app.people import Actor, Role
+from app.web import audit
 from app.web.access import EDITOR, VIEWER, Who
 from app.web.pages import Db, render
 from app.web.problems import Problem, of
@@ -77,6 +78,7 @@ def write(
         page = TalkPage(talk(session, who, about, text, of(error)))
         return render(request, "comment.html", page, status=error.status)
     session.commit()
+    audit.about(request, made.subject)
     return RedirectResponse(f"{quote(comments.page_of(made.subject))}#comment-{made.id}", 303)
 
 

@@ -15,10 +15,11 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 
-from app import catalog, corpora, documents, jobs, origins, trash, uploads
+from app import catalog, corpora, documents, jobs, origins, trash, uploads, visibility
 from app.catalog import ModelEntry, NotInCatalog, parse_index
 from app.corpora import Tokens, Use
 from app.errors import AtlasError, BadFile, BadInput, Conflict
+from app.people import Actor
 from app.settings import Settings
 from app.specs import CorpusSpec
 from app.tables import Corpus
@@ -106,6 +107,7 @@ class CorpusPage:
     pages: int
     models: tuple[ModelEntry, ...]
     """Those that can be harvested with it."""
+    may_remove: bool = False
     problem: Problem | None = None
 
 
@@ -241,19 +243,27 @@ def _is_small(directory: Path) -> bool:
 
 @router.get(PATH + "/{name}", dependencies=[VIEWER])
 def corpus_page(
-    request: Request, name: str, session: Db, settings: Config, page: Annotated[int, Query(ge=1, le=10**9)] = 1
+    request: Request,
+    name: str,
+    who: Who,
+    session: Db,
+    settings: Config,
+    page: Annotated[int, Query(ge=1, le=10**9)] = 1,
 ) -> Response:
-    return render(request, "corpus.html", _corpus(session, settings, _named(session, name), page))
+    return render(request, "corpus.html", _corpus(session, settings, who, _named(session, name), page))
 
 
 @router.post(PATH + "/{name}/remove", dependencies=[EDITOR])
 def remove(request: Request, name: str, who: Who, session: Db, settings: Config) -> Response:
     """Move to the trash a corpus that no evidence shows; one that some does stays, and its page says whose."""
     corpus = _named(session, name)
+    visibility.check_may_change(who, corpus.owner, "This corpus")
     try:
         trash.put_corpus(session, who, corpus.name)
     except Conflict as error:
-        return render(request, "corpus.html", _corpus(session, settings, corpus, 1, of(error)), status=error.status)
+        return render(
+            request, "corpus.html", _corpus(session, settings, who, corpus, 1, of(error)), status=error.status
+        )
     session.commit()
     return RedirectResponse(PATH, 303)
 
@@ -323,7 +333,7 @@ def _named(session: Session, name: str) -> Corpus:
 
 
 def _corpus(
-    session: Session, settings: Settings, corpus: Corpus, page: int, problem: Problem | None = None
+    session: Session, settings: Settings, who: Actor, corpus: Corpus, page: int, problem: Problem | None = None
 ) -> CorpusPage:
     row = _row(session, settings, corpus)
     pages = max(-(-corpus.n_documents // DOCUMENTS_PER_PAGE), 1)
@@ -341,7 +351,7 @@ def _corpus(
         and catalog.has_model_weights(settings, entry.card.id)
         and corpora.can_be_read(settings, corpus, entry.card.tokenizer_hash)
     )
-    return CorpusPage(row, starts, page, pages, usable, problem)
+    return CorpusPage(row, starts, page, pages, usable, visibility.may_change(who, corpus.owner), problem)
 
 
 def _page(

@@ -6,7 +6,7 @@ import json
 from typing import Any
 from urllib.parse import quote
 
-from app import corpora, uploads
+from app import corpora, uploads, visibility
 from app.specs import CorpusSpec
 from workers.trainer.kinds import JobContext, JobKind
 
@@ -26,6 +26,7 @@ class AddCorpus(JobKind):
         """Read it all; text that was stored before an interruption is found again by its hash."""
         spec = CorpusSpec(**context.spec)
         with context.sessions.begin() as session:
+            visibility.make_for_job(session, context.job_id)
             corpus = corpora.add(session, context.settings, spec, context.report)
             found = {"name": corpus.name, "documents": corpus.n_documents, "characters": corpus.n_chars}
         (context.directory / _NAME).write_text(json.dumps(found))

@@ -434,6 +434,7 @@ def _with_text(context: JobContext, spec: TrainSpec) -> TrainSpec:
     file = context.directory / "corpus.json"
     if not file.exists():
         with context.sessions.begin() as session:
+            visibility.make_for_job(session, context.job_id)
             stored = corpora.of_dataset(session, wanted)
             name = (stored or corpora.add(session, context.settings, wanted, context.report)).name
         _write_json(file, {"name": name})
