@@ -9,7 +9,7 @@ import difflib
 import json
 import random
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, cast
@@ -19,11 +19,8 @@ import numpy.typing as npt
 from sqlalchemy import (
     ARRAY,
     ColumnElement,
-    CompoundSelect,
-    Float,
     Integer,
     Select,
-    String,
     UnaryExpression,
     any_,
     bindparam,
@@ -31,9 +28,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
-    union_all,
 )
-from sqlalchemy import cast as cast_sql
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app import maps, visibility, wording
@@ -54,7 +49,7 @@ from app.tables import (
     WordKind,
 )
 from app.tokens import Vocabulary, vocabulary
-from app.visibility import Reader, Visibility
+from app.visibility import Visibility
 
 RESERVED = frozenset(
     {
@@ -300,31 +295,6 @@ class FeatureRecord:
         """Ids that mark no text in the evidence's own tokens."""
         imported = self.harvest is not None and self.harvest.imported
         return frozenset() if imported else frozenset(self.card.special_token_ids)
-
-
-@dataclass(frozen=True)
-class EvidenceChoice:
-    """A harvest of a source, for choosing between them."""
-
-    id: int
-    corpus: str
-    n_tokens: int
-    partial: bool
-
-
-@dataclass(frozen=True)
-class Around:
-    """What a feature's page shows besides its record."""
-
-    explanations: tuple[ExplanationRow, ...]
-    """Best first."""
-    rows: Mapping[int, FeatureRow]
-    """Other features of its source, by index."""
-    harvests: tuple[EvidenceChoice, ...]
-    """All evidence there is of its source."""
-    sources: tuple[str, ...]
-    """Names of the model's sources, lowest layer first."""
-    models: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -588,102 +558,8 @@ def _record_query(shown: bool) -> Select[*tuple[Any, ...]]:
         .outerjoin(Feature, (Feature.source_id == Source.id) & (Feature.index == latent))
         .outerjoin(Evidence, (Evidence.harvest_id == Harvest.id) & (Evidence.index == latent))
         .where(Model.id == bindparam("model"), Source.name == bindparam("name"))
+        .execution_options(**{visibility.ONCE: True})
     )
-
-
-def related(
-    session: Session, source: SourceCard, index: int, others: Collection[int]
-) -> tuple[tuple[ExplanationRow, ...], dict[int, FeatureRow]]:
-    """Return a feature's explanations, best first, and the rows of other features of its source, in one query."""
-    found = session.execute(_related_query(), _near(source, index, others)).all()
-    return _explanation_rows(found), _feature_rows(found)
-
-
-def around(session: Session, source: SourceCard, index: int, others: Collection[int]) -> Around:
-    """Return what `related` does and where else one may go: other evidence, sources and models; in one query."""
-    query = _around_query(visibility.reader(session))
-    found = session.execute(query, _near(source, index, others) | {"model": source.model_id}).all()
-    return Around(
-        _explanation_rows(found),
-        _feature_rows(found),
-        tuple(
-            EvidenceChoice(r.key, r.text, int(r.density), r.method == HarvestState.PARTIAL)
-            for r in sorted(found, key=lambda r: r.key)
-            if r.kind == 2
-        ),
-        tuple(r.text for r in sorted(found, key=lambda r: (r.key, r.text)) if r.kind == 3),
-        tuple(sorted(r.text for r in found if r.kind == 4)),
-    )
-
-
-def _near(source: SourceCard, index: int, others: Collection[int]) -> dict[str, Any]:
-    return {"source": source.id, "latent": index, "others": sorted(set(others))}
-
-
-@lru_cache(maxsize=1)
-def _related_query() -> CompoundSelect[*tuple[Any, ...]]:
-    return union_all(*_explanations_and_rows()).execution_options(**{visibility.NARROWED: True})
-
-
-@lru_cache(maxsize=256)
-def _around_query(reader: Reader | None) -> CompoundSelect[*tuple[Any, ...]]:
-    harvests = (
-        select(
-            Harvest.id, Corpus.name, Harvest.state, _NOTHING, cast_sql(Harvest.n_tokens, Float), _NO_NUMBER, _kind(2)
-        )
-        .join(Corpus, Corpus.id == Harvest.corpus_id)
-        .where(Harvest.source_id == bindparam("source"))
-    )
-    sources = select(Source.layer, Source.name, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(3)).where(
-        Source.model_id == bindparam("model"), Source.trash_id.is_(None)
-    )
-    models = select(literal(0, Integer()), Model.id, _NOTHING, _NOTHING, _NO_NUMBER, _NO_NUMBER, _kind(4))
-    if reader is not None:
-        sources, models = sources.where(visibility.seen(reader, Source)), models.where(visibility.seen(reader, Model))
-    whole = union_all(*_explanations_and_rows(), harvests, sources, models)
-    return whole.execution_options(**{visibility.NARROWED: True})
-
-
-_NOTHING = literal("", String())
-_NO_NUMBER = literal(None, Float())
-
-
-def _kind(number: int) -> ColumnElement[int]:
-    return literal(number, Integer())
-
-
-def _explanations_and_rows() -> list[Any]:
-    explanations = select(
-        Explanation.id.label("key"),
-        Explanation.text.label("text"),
-        Explanation.method.label("method"),
-        Explanation.author.label("author"),
-        cast_sql(Explanation.n_votes, Float()).label("density"),
-        _NO_NUMBER.label("max_act"),
-        _kind(0).label("kind"),
-    ).where(Explanation.source_id == bindparam("source"), Explanation.index == bindparam("latent"))
-    features = select(
-        Feature.index,
-        Feature.label,
-        Feature.top_token,
-        Feature.top_logit,
-        Feature.density,
-        Feature.max_act,
-        _kind(1),
-    ).where(Feature.source_id == bindparam("source"), Feature.index.in_(bindparam("others", expanding=True)))
-    return [explanations, features]
-
-
-def _explanation_rows(found: Sequence[Any]) -> tuple[ExplanationRow, ...]:
-    """Return explanations, the one that is the label first: as app.explanations chooses it."""
-    ordered = sorted(
-        (r for r in found if r.kind == 0), key=lambda r: (r.method == "heuristic", -(r.density or 0), -r.key)
-    )
-    return tuple(ExplanationRow(r.key, r.text, r.method, r.author, int(r.density or 0)) for r in ordered)
-
-
-def _feature_rows(found: Sequence[Any]) -> dict[int, FeatureRow]:
-    return {r.key: FeatureRow(r.key, r.text, r.density, r.max_act, r.method, r.author) for r in found if r.kind == 1}
 
 
 def rows(session: Session, source: SourceCard, indices: Collection[int]) -> dict[int, FeatureRow]:

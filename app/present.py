@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -35,9 +35,11 @@ PART = "part of the next character"
 _CHART_WIDTH, _CHART_HEIGHT = 300.0, 60.0
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A run of text in a window: one active token, one special token, or a stretch of inactive ones."""
+class Piece(NamedTuple):
+    """A run of text in a window: one active token, one special token, or a stretch of inactive ones.
+
+    A tuple, since a page makes five hundred of them.
+    """
 
     text: str
     level: int = 0

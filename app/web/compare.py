@@ -10,7 +10,7 @@ from fastapi import APIRouter, Form, Query, Request
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import catalog, evidence, jobs, matches, present, saecharts, vectors
+from app import catalog, evidence, jobs, matches, present, saecharts, surroundings, vectors
 from app.catalog import ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
 from app.corpora import Stream, tokens_dir
 from app.errors import BadFile, BadInput
@@ -222,7 +222,7 @@ def _features(session: Session, settings: Settings, one: tuple[str, ...], other:
 
 def _side(session: Session, settings: Settings, parts: tuple[str, ...]) -> Side:
     record = catalog.feature_record(session, parts[0], parts[1], catalog.parse_index(parts[2]))
-    explanations, _ = catalog.related(session, record.source, record.feature.index, [])
+    explanations = surroundings.related(session, record.source, record.feature.index, []).explanations
     harvest = record.harvest
     if record.blob is None or harvest is None:
         return Side(record, explanations, None)

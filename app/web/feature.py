@@ -17,16 +17,18 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from app import bookmarks, catalog, evidence, present
+from app import catalog, evidence, present, surroundings
 from app.api.inputs import check_text
-from app.catalog import Around, ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
+from app.catalog import ExplanationRow, FeatureRecord, FeatureRow, HarvestCard, SourceCard
 from app.corpora import Stream, tokens_dir
 from app.errors import AtlasError
 from app.evidence import FeatureEvidence
 from app.gpu import Worker
+from app.people import Actor
 from app.present import FeatureView, ShadedToken, Width
 from app.protocol import EncodeRequest, Loading, SaeQuery
 from app.settings import Settings
+from app.surroundings import Around
 from app.vectors import decoder_row
 from app.web import visits
 from app.web.access import GUEST, VIEWER, actor_of
@@ -175,8 +177,6 @@ class FeaturePage:
     examples: Examples
     attempt: Try
     choices: Choices
-    people: bookmarks.Around | None = None
-    """What people did with the feature; None where that is not shown."""
     base: str = ""
     """Scheme and host that the page was asked under, for addresses that others follow."""
 
@@ -312,7 +312,8 @@ def feature_page(
     who = actor_of(request)
     if who is None:  # who looks by a public link may read, and compute nothing
         text, switches = "", replace(switches, embedtest=False, embedsteer=False, defaulttesttext="")
-    page = load(session, settings, model, source, number, chosen, text or switches.defaulttesttext)
+    asks = None if switches.embed or partial(request) else who
+    page = load(session, settings, model, source, number, chosen, text or switches.defaulttesttext, who=asks)
     page = replace(page, base=base_of(request))
     visits.note(request, [page.source.id], "view")
     if switches.embed:
@@ -321,8 +322,6 @@ def feature_page(
             return embedded(request, page, switches)
     if partial(request):
         return render(request, "_examples.html", page.examples)
-    if who is not None:
-        page = replace(page, people=bookmarks.around(session, who, page.source.model_id, page.source.name, number))
     return render(request, "feature.html", page, headers=ahead(request))
 
 
@@ -459,11 +458,12 @@ def load(
     chosen: Choices,
     text: str = "",
     attempt: Try | None = None,
+    who: Actor | None = None,
 ) -> FeaturePage:
-    """Return what the page shows of the feature, in two queries."""
+    """Return what the page shows of the feature to somebody, in two queries."""
     record = catalog.feature_record(session, model, source, index, chosen.evidence)
     unpacked = _evidence(record)
-    around = catalog.around(session, record.source, index, _others(unpacked))
+    around = surroundings.around(session, record.source, index, _others(unpacked), who)
     view = _view(settings, record, unpacked, around.rows, chosen) if unpacked else None
     return FeaturePage(
         record=record,

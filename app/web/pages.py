@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import mimetypes
 import re
 from collections.abc import AsyncIterator, Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -13,7 +15,7 @@ from urllib.parse import quote, urlencode
 import jinja2
 import orjson
 from fastapi import Depends, Request
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, Response
@@ -184,14 +186,22 @@ def shown(text: str) -> Markup:
 
     A line break is followed by an element that a style sheet may turn into a real one.
     """
-    if text.isprintable():
-        return escape(text)
-    return Markup(str(escape(text)).translate(_MARKS))  # noqa: S704 - escaped, and the marks are ours
+    return Markup(_shown(text))  # noqa: S704 - escaped, and the marks are ours
+
+
+def _shown(text: str) -> str:
+    # A page has a thousand such pieces, and text that knows it is markup takes as long to make as all of this.
+    escaped = html.escape(text)
+    return escaped if text.isprintable() else escaped.translate(_MARKS)
 
 
 def token(text: str) -> Markup:
     """Return one token of a text as markup: as `shown`, and visible where it ends inside a character."""
     return shown(text) if text else _PART
+
+
+def _token(text: str) -> str:
+    return _shown(text) if text else str(_PART)
 
 
 def window(shown_window: present.Window) -> Markup:
@@ -200,24 +210,24 @@ def window(shown_window: present.Window) -> Markup:
     for piece in shown_window.pieces:
         if piece.level:
             kind = f"a{piece.level} peak" if piece.peak else f"a{piece.level}"
-            parts.append(f'<mark class="{kind}" title="{escape(piece.tip)}">{token(piece.text)}</mark>')
+            parts.append(f'<mark class="{kind}" title="{html.escape(piece.tip)}">{_token(piece.text)}</mark>')
         elif piece.special:
-            parts.append(f'<i class="special">{shown(piece.text)}</i>')
+            parts.append(f'<i class="special">{_shown(piece.text)}</i>')
         elif piece.peak:
-            parts.append(f'<span class="looked" title="{escape(piece.tip)}">{token(piece.text)}</span>')
+            parts.append(f'<span class="looked" title="{html.escape(piece.tip)}">{_token(piece.text)}</span>')
         else:
-            parts.append(shown(piece.text))
+            parts.append(_shown(piece.text))
     parts += [_CUT if shown_window.cut_after else "", "</span>"]
     return Markup("".join(parts))  # noqa: S704 - every part is escaped or ours
 
 
 def label(text: str) -> Markup:
     """Return an explanation as markup: what stands in backticks are tokens."""
-    parts = _TICKED.split(text)
-    return Markup().join(
-        Markup('<code class="chip">{}</code>').format(chip(part)) if i % 2 else shown(part)
-        for i, part in enumerate(parts)
-    )
+    parts = [
+        f'<code class="chip">{chip(part)}</code>' if i % 2 else _shown(part)
+        for i, part in enumerate(_TICKED.split(text))
+    ]
+    return Markup("".join(parts))  # noqa: S704 - every part is escaped
 
 
 def said(text: str) -> Markup:
@@ -232,6 +242,14 @@ def said(text: str) -> Markup:
 
 def chip(text: str) -> Markup:
     """Return one token for a list: as `shown`, with spaces at its ends visible and counted when there are many."""
+    return _chip(text) if len(text) <= _LONG_TOKEN else _chip.__wrapped__(text)
+
+
+_LONG_TOKEN = 64
+
+
+@lru_cache(maxsize=20_000)
+def _chip(text: str) -> Markup:
     body = text.strip(" ")
     if not body:
         return Markup('<i class="nl">{}</i>').format(_spaces(len(text), "␣") or "∅")

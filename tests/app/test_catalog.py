@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, event
 from sqlalchemy.orm import Session
 
-from app import catalog
+from app import catalog, surroundings
 from app.catalog import Filter, NotInCatalog
 from app.settings import Settings
 from tests.conftest import D_SAE
@@ -96,12 +96,12 @@ def test_a_feature_with_its_neighbours_costs_two_queries(session: Session, engin
     queries: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *a: queries.append(a[2]))
     record = catalog.feature_record(session, "tiny", "1-demo", 3)
-    explanations, rows = catalog.related(session, record.source, 3, [4, 7, 4])
+    found = surroundings.related(session, record.source, 3, [4, 7, 4])
     assert len(queries) == 2
     assert record.feature.label == "harbours"
-    assert [e.text for e in explanations] == ["harbours"]
-    assert rows[4].label == "cold harbours in winter"
-    assert rows[7].dead
+    assert [e.text for e in found.explanations] == ["harbours"]
+    assert found.rows[4].label == "cold harbours in winter"
+    assert found.rows[7].dead
 
 
 def test_a_feature_without_evidence_is_there(session: Session) -> None:

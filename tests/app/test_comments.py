@@ -9,12 +9,13 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from app import bookmarks, comments, lists, people
+from app import bookmarks, catalog, comments, lists, people, surroundings, trash
 from app.errors import BadInput, Forbidden, NotFound
 from app.lists import Key
 from app.main import create_app
 from app.people import LOCAL, Actor, Role
 from app.settings import Settings
+from app.surroundings import People
 from app.visibility import Visibility
 from tests import conftest
 from tests.conftest import D_SAE
@@ -108,19 +109,31 @@ def test_a_bookmark_is_ones_own_and_kept_once(session: Session) -> None:
         bookmarks.add(session, ADA, "tiny", "1-demo", D_SAE)
 
 
+def people_of(session: Session, index: int, who: Actor) -> People:
+    source = catalog.source_card(session, "tiny", "1-demo")
+    people, same = (
+        look(session, source, index, [], who).people for look in (surroundings.related, surroundings.around)
+    )
+    assert people == same
+    assert people is not None
+    return people
+
+
 def test_what_people_did_with_a_feature_leaves_private_lists_out(session: Session) -> None:
     for who, name, visibility in ((ADA, "mine", Visibility.PRIVATE), (ADA, "ours", Visibility.TEAM)):
         lists.new(session, who, name, visibility=visibility, features=[Key("tiny", "1-demo", 3)])
     comments.write(session, ADA, SUBJECT, "said")
     bookmarks.add(session, ADA, "tiny", "1-demo", 3)
-    seen = {who.name: bookmarks.around(session, who, "tiny", "1-demo", 3) for who in (ADA, BOB, LOCAL)}
+    thrown = lists.new(session, ADA, "thrown away", visibility=Visibility.TEAM, features=[Key("tiny", "1-demo", 3)])
+    trash.put(session, ADA, thrown)
+    seen = {who.name: people_of(session, 3, who) for who in (ADA, BOB, LOCAL)}
     assert [(seen[n].kept, seen[n].n_comments) for n in ("ada", "bob")] == [(True, 1), (False, 1)]
     assert {n: sorted(name for _, name in each.lists) for n, each in seen.items()} == {
         "ada": ["mine", "ours"],
         "bob": ["ours"],
         "you": ["mine", "ours"],
     }
-    other = bookmarks.around(session, ADA, "tiny", "1-demo", 4)
+    other = people_of(session, 4, ADA)
     assert (other.kept, other.n_comments, other.lists) == (False, 0, ())
 
 

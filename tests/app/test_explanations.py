@@ -7,7 +7,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from app import catalog, explanations, harvests
+from app import catalog, explanations, harvests, surroundings
 from app.errors import BadInput, Conflict, Forbidden, NotFound
 from app.people import LOCAL, Actor, Role
 from app.settings import Settings
@@ -24,7 +24,7 @@ def label(session: Session, index: int = 3) -> str:
 
 
 def shown(session: Session, index: int = 3) -> list[str]:
-    rows, _ = catalog.related(session, catalog.source_card(session, "tiny", "1-demo"), index, [])
+    rows = surroundings.related(session, catalog.source_card(session, "tiny", "1-demo"), index, []).explanations
     return [row.text for row in rows]
 
 

@@ -72,13 +72,13 @@ def test_partial_evidence_says_how_far_it_is(client: TestClient) -> None:
     assert "Evidence so far: 3 of 12 shards are read, 5,000 tokens" in text(client, f"{PATH}?evidence={other}")
 
 
-def test_a_page_with_several_harvests_and_near_misses_still_costs_three_queries(client: TestClient) -> None:
+def test_a_page_with_several_harvests_and_near_misses_still_costs_two_queries(client: TestClient) -> None:
     change(client, hard_negatives=(Silent(1, 3, 6),))
     second_harvest(client)
     queries: list[str] = []
     event.listen(client.app.state.engine, "before_cursor_execute", lambda *a: queries.append(a[2]))  # type: ignore[attr-defined]
     text(client, PATH)
-    assert len(queries) == 3
+    assert len(queries) == 2
 
 
 def test_contexts_without_an_activation_say_why_they_are_shown(client: TestClient) -> None:

@@ -78,11 +78,11 @@ def test_a_feature_page_shows_everything_known(client: TestClient) -> None:
     assert 'rel="next" data-next href="/tiny/1-demo/5"' in page
 
 
-def test_a_feature_page_costs_three_queries(client: TestClient) -> None:
+def test_a_feature_page_costs_two_queries(client: TestClient) -> None:
     queries: list[str] = []
     event.listen(client.app.state.engine, "before_cursor_execute", lambda *a: queries.append(a[2]))  # type: ignore[attr-defined]
     text(client, "/tiny/1-demo/4")
-    assert len(queries) == 3
+    assert len(queries) == 2
 
 
 def test_the_first_and_last_feature_have_one_neighbour_each(client: TestClient) -> None:

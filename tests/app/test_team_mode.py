@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, event, select
 from starlette.testclient import TestClient
 
 from app import audit, credentials, people, supervisor
@@ -163,6 +163,18 @@ def test_a_viewer_reads_and_may_not_write(team: Team) -> None:
     assert "You are a viewer here; this takes an editor" in refused.text
     assert team.browser("a-editor").get("/people").status_code == 403
     assert team.browser("a-admin").get("/people").status_code == 200
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_feature_page_costs_somebody_signed_in_one_query_more(team: Team, role: Role) -> None:
+    """Two as without accounts, and the login, which may be revoked at any moment."""
+    browser = team.browser(f"a-{role}")
+    queries: list[str] = []
+    event.listen(team.app.state.engine, "before_cursor_execute", lambda *a: queries.append(a[2]))
+    for _ in range(2):
+        queries.clear()
+        assert browser.get("/tiny/1-demo/4").status_code == 200
+    assert len(queries) == 3
 
 
 def test_signing_out_ends_the_login_at_once(team: Team) -> None:

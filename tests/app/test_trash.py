@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from app import cards, catalog, corpora, explanations, lists, search, steering_vectors, steerings, trash
+from app import cards, catalog, corpora, explanations, lists, search, steering_vectors, steerings, surroundings, trash
 from app.cli import app as command
 from app.errors import Conflict, Forbidden, NotFound
 from app.people import LOCAL, Actor, Role
@@ -95,7 +95,7 @@ def test_a_deleted_sae_is_nowhere_and_its_name_is_free(session: Session, setting
     assert catalog.default_source(session, "tiny", 1).name == "1-other"
     assert search.find(session, None, "said by ada").total == 0
     other = catalog.source_card(session, "tiny", "2-plain")
-    assert "1-demo" not in catalog.around(session, other, 0, []).sources
+    assert "1-demo" not in surroundings.around(session, other, 0, []).sources
     assert [item.card for item in lists.described(session, [lists.Key("tiny", "1-demo", 3)])] == [None]
     session.add(
         Source(
