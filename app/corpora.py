@@ -36,7 +36,7 @@ import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import visibility
+from app import trainspecs, visibility
 from app.documents import (
     Columns,
     Dataset,
@@ -56,11 +56,12 @@ from app.settings import Settings
 from app.specs import CorpusSpec
 from app.tables import Corpus, Harvest, Source
 from app.tokens import Vocabulary, vocabulary
+from app.trainspecs import TrainSpec
 
 DOCUMENTS = "documents.jsonl.zst"
 INDEX = "documents.index.json"
 VOCABULARY = "vocabulary.json"
-DATASET = "hf:"
+DATASET = trainspecs.HUB
 """Before the id of a dataset of the hub, where a training names one in place of a corpus."""
 _CHARS_PER_TOKEN = 5
 """More than English has, so that the text suffices."""
@@ -178,18 +179,20 @@ def add(session: Session, settings: Settings, spec: CorpusSpec, report: Report |
     )
 
 
-def dataset_asked(name: str, n_tokens: int, held_out: float) -> CorpusSpec | None:
+def dataset_asked(spec: TrainSpec) -> CorpusSpec | None:
     """Return what to store where a training names `hf:OWNER/NAME` or `hf:OWNER/NAME:CONFIG`; None for a corpus' name.
 
     As much text as gives the tokens with some to spare. Raises BadInput for what is no dataset's id.
     """
-    if not name.startswith(DATASET):
+    if not spec.corpus.startswith(DATASET):
         return None
-    repo, _, config = name.removeprefix(DATASET).partition(":")
-    Dataset(repo, config).checked()
-    n_chars = math.ceil(n_tokens / (1 - held_out)) * _CHARS_PER_TOKEN
-    called = usable_name("-".join(filter(None, [repo, config, f"{math.ceil(n_chars / 10**6)}M"])))
-    return CorpusSpec.model_validate({"name": called, "dataset": repo, "config": config, "max_chars": n_chars})
+    repo, _, config = spec.corpus.removeprefix(DATASET).partition(":")
+    Dataset(repo, config, spec.split).checked()
+    n_chars = math.ceil(spec.n_tokens / (1 - spec.held_out)) * _CHARS_PER_TOKEN
+    unusual = [spec.split if spec.split != "train" else "", spec.text_column if spec.text_column != "text" else ""]
+    called = usable_name("-".join(filter(None, [repo, config, *unusual, f"{math.ceil(n_chars / 10**6)}M"])))
+    asked = {"dataset": repo, "config": config, "split": spec.split, "text_column": spec.text_column}
+    return CorpusSpec.model_validate({"name": called, "max_chars": n_chars, **asked})
 
 
 def of_dataset(session: Session, wanted: CorpusSpec) -> Corpus | None:
@@ -197,6 +200,7 @@ def of_dataset(session: Session, wanted: CorpusSpec) -> Corpus | None:
     for corpus in corpora(session):
         origin = corpus.origin
         same = (origin.get("hf_dataset"), origin.get("config") or "") == (wanted.dataset, wanted.config)
+        same &= (origin.get("text_field") or "text") == wanted.text_column
         enough = max(corpus.n_chars, int(origin.get("max_chars") or 0)) >= wanted.max_chars
         if same and enough and origin.get("split") == wanted.split and corpus.n_chars:
             return corpus

@@ -53,7 +53,7 @@ _SAID = (
     "epochs",
 )
 """What a short form says even where it is the default: what people look for first."""
-_TEXTS = ("model", "corpus", "set_name")
+_TEXTS = ("model", "corpus", "set_name", "text_column", "split")
 _OWNED = {name for architecture in Architecture for name in architecture.fields} - {"lr", "dead_latents"}
 """Fields that not every architecture has."""
 _COMMA = re.compile(r"\s*,\s*")

@@ -208,7 +208,7 @@ class _Text:
 def _catalogued(session: Session, settings: Settings, spec: TrainSpec) -> tuple[ModelEntry, _Text]:
     faults: list[Fault] = []
     entry = _or_fault(faults, "model", lambda: _model(session, settings, spec.model))
-    wanted = _or_fault(faults, "corpus", lambda: corpora.dataset_asked(spec.corpus, spec.n_tokens, spec.held_out))
+    wanted = _or_fault(faults, "corpus", lambda: corpora.dataset_asked(spec))
     text: _Text | None = None
     if entry is not None:
         faults += [*_misfits(spec, entry.card, settings), *_taken(session, settings, spec)]

@@ -23,6 +23,8 @@ HOOK_PATTERN = (
 )
 HookName = Annotated[str, Field(pattern=HOOK_PATTERN)]
 _PLAIN = r"^[^\x00-\x1f\x7f]*$"
+HUB = "hf:"
+"""What the name of a corpus begins with that is a dataset of the Hugging Face hub."""
 MAX_SAES = 64
 MAX_TOKENS = 10**11
 MAX_STEPS = 10**9
@@ -337,7 +339,21 @@ class TrainSpec(Spec):
         max_length=200,
         pattern=_PLAIN,
         description="Corpus in the catalog; or `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG`, for a dataset of the Hugging "
-        "Face hub, of whose column `text` the job first stores as much as the tokens need.",
+        "Face hub, of whose text the job first stores as much as the tokens need.",
+    )
+    text_column: str = Field(
+        "text",
+        min_length=1,
+        max_length=200,
+        pattern=_PLAIN,
+        description="Of a dataset of the hub: the column that holds the text, such as `text` or `content`.",
+    )
+    split: str = Field(
+        "train",
+        min_length=1,
+        max_length=100,
+        pattern=_PLAIN,
+        description="Of a dataset of the hub: the split that is read, such as `train`.",
     )
     saes: tuple[SaeSpec, ...] = Field(
         min_length=1,
@@ -448,6 +464,12 @@ class TrainSpec(Spec):
         names = [sae.source for sae in self.saes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two SAEs would be called {twice[0]}; give them different values of set_name")
+        for name, value in (("text_column", self.text_column), ("split", self.split)):
+            if not self.corpus.startswith(HUB) and value != TrainSpec.model_fields[name].default:
+                raise ValueError(
+                    f"{name} is of datasets of the hub (`hf:OWNER/NAME`); {self.corpus} is stored already. "
+                    "Leave it out."
+                )
         if self.batch_size < 8 * self.processes:
             raise ValueError(
                 f"batch_size is {self.batch_size}, too small to be shared by {self.processes} processes; "

@@ -73,6 +73,8 @@ _LABELS = {
     "held_out": "held out",
     "buffer_tokens": "buffer, tokens",
     "processes": "processes",
+    "text_column": "column of the text",
+    "split": "split",
     "steps_per_checkpoint": "checkpoint every, steps",
     "evaluate_every_steps": "look every, steps",
     "n_eval_tokens": "evaluation, tokens",

@@ -21,7 +21,7 @@ from sqlalchemy import select
 
 from app import corpora, db, documents, jobs
 from app.corpora import Stream
-from app.errors import TooLarge
+from app.errors import BadFile, TooLarge
 from app.settings import Settings
 from app.tables import Corpus, Job, JobMetric, JobState, Model, Source
 from app.trainplan import Part, Window
@@ -187,6 +187,38 @@ def test_a_dataset_of_the_hub_becomes_a_corpus_once_and_the_next_training_finds_
     assert (source.origin["spec"]["corpus"], harvest.spec["corpus"]) == (corpus.name, corpus.name)
     (tmp_path / "some" / "texts" / "train.jsonl").unlink()
     run(context(settings, asked | {"n_tokens": 5_000, "set_name": "again"}))
+
+
+def test_another_column_and_split_of_a_dataset_are_read_and_told_from_the_usual_ones(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some" / "code").mkdir(parents=True)
+    rng = np.random.default_rng(2)
+    for split in ("train", "test"):
+        rows = [{"content": f"{split} " + " ".join(rng.choice(TEXT.split(), 300))} for _ in range(60)]
+        (tmp_path / "some" / "code" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    asked = SPEC | {"corpus": "hf:some/code", "epochs": 1}
+    with pytest.raises(BadFile, match='there is no field "text"; there are: content'):
+        train.Train().plan(context(settings, asked))
+    for split in ("test", "train"):
+        run(context(settings, asked | {"text_column": "content", "split": split, "set_name": split}))
+    made = context(settings, asked)
+    with made.sessions() as session:
+        stored = {corpus.origin["split"]: corpus for corpus in session.scalars(select(Corpus)) if corpus.name != "c"}
+        sources = {source.name: source.origin for source in session.scalars(select(Source))}
+    assert {split: corpus.name for split, corpus in stored.items()} == {
+        "test": "some-code-test-content-1M",
+        "train": "some-code-content-1M",
+    }
+    for split, corpus in stored.items():
+        assert sources[f"1-{split}"]["corpus"]["hash"] == corpus.hash
+        assert TrainSpec.model_validate(sources[f"1-{split}"]["spec"]).corpus == corpus.name
+
+
+def test_a_column_of_a_stored_corpus_is_refused_in_words() -> None:
+    with pytest.raises(ValidationError, match=r"text_column is of datasets of the hub .*; c is stored already"):
+        TrainSpec.model_validate(SPEC | {"text_column": "content"})
 
 
 def test_a_trainer_killed_in_mid_step_ends_with_the_weights_of_an_uninterrupted_run(settings: Settings) -> None:

@@ -18,6 +18,7 @@ from app.settings import Settings
 from app.tables import Job, JobMetric, JobState, Source
 from app.trainspecs import Architecture, TrainSpec
 from tests.workers.test_train import SPEC, context, run, settings, start, wait
+from workers.checkpoints import load_sae
 from workers.language_model import LanguageModel
 from workers.trainer.kinds import JobContext
 from workers.trainer.train import Train
@@ -118,6 +119,41 @@ def test_the_sae_of_a_grid_is_the_one_trained_alone(settings: Settings) -> None:
     for name, tensor in found["1-alone"].items():
         assert torch.equal(tensor, found["1-g-s3"][name]), name
         assert not torch.equal(tensor, found["1-g-s0"][name]), name
+
+
+def test_a_grid_of_transcoders_beside_an_sae_is_one_pass_and_each_is_the_one_trained_alone(
+    settings: Settings, passes: list[int]
+) -> None:
+    """Two transcoders of each of two layers, by penalty, and an SAE of a hook that none of them reads."""
+    pairs = [{"hook_name": f"blocks.{n}.mlp.hook_in", "hook_name_out": f"blocks.{n}.hook_mlp_out"} for n in (0, 1)]
+    crossing = {"hook_name": "blocks.0.hook_resid_post", "hook_name_out": "blocks.1.hook_resid_post"}
+    own = {"architecture": "transcoder", "l1_warmup_steps": 10}
+    saes = [
+        *({**own, **pair, "set_name": "t", "l1_coefficient": [0.3, 1.0]} for pair in pairs),
+        {**own, **crossing, "architecture": "skip_transcoder", "set_name": "crossing", "l1_coefficient": 0.3},
+        {"architecture": "topk", "set_name": "sae", **OWN["topk"]},
+    ]
+    made = context(settings, COMMON | {"saes": saes, "context_size": 17})
+    steps = _run_until_evaluation(made)
+    n_contexts = -(-COMMON["n_tokens"] // 16)
+    assert sum(passes) - n_contexts * 17 <= 2 * 32 * 17  # the model read the text once for all six
+    result = _finish(made, steps)
+    assert list(result["saes"]) == ["0-t-l1-0p3", "0-t-l1-1", "1-t-l1-0p3", "1-t-l1-1", "0-crossing", "1-sae"]
+    assert result["saes"]["1-t-l1-1"]["l0"] < result["saes"]["1-t-l1-0p3"]["l0"]
+    assert all(metrics["explained_variance"] > 0.3 for metrics in result["saes"].values())
+    run(context(settings, COMMON | {**own, **pairs[1], "set_name": "alone", "l1_coefficient": 1.0, "context_size": 17}))
+    found = stored(made)
+    for name, tensor in found["1-alone"].items():
+        torch.testing.assert_close(tensor, found["1-t-l1-1"][name], rtol=1e-4, atol=1e-5)
+    with made.sessions() as session:
+        sources = {source.name: source.sae_hash for source in session.scalars(select(Source))}
+    for name, hook, out in (
+        ("0-t-l1-1", *pairs[0].values()),
+        ("1-t-l1-1", *pairs[1].values()),
+        ("0-crossing", *crossing.values()),
+    ):
+        coder = load_sae(settings.sae_dir(sources[name]))
+        assert (coder.hook_name, coder.hook_name_out) == (hook, out)
 
 
 def _ended(job: Job) -> bool:

@@ -428,7 +428,7 @@ def _place(text: str) -> tuple[int, int]:
 
 def _with_text(context: JobContext, spec: TrainSpec) -> TrainSpec:
     """Return the spec with a corpus of the catalog: a dataset of the hub becomes one at the job's start."""
-    wanted = corpora.dataset_asked(spec.corpus, spec.n_tokens, spec.held_out)
+    wanted = corpora.dataset_asked(spec)
     if wanted is None:
         return spec
     file = context.directory / "corpus.json"
@@ -438,7 +438,8 @@ def _with_text(context: JobContext, spec: TrainSpec) -> TrainSpec:
             stored = corpora.of_dataset(session, wanted)
             name = (stored or corpora.add(session, context.settings, wanted, context.report)).name
         _write_json(file, {"name": name})
-    return spec.model_copy(update={"corpus": json.loads(file.read_text())["name"]})
+    usual = {name: TrainSpec.model_fields[name].default for name in ("text_column", "split")}
+    return spec.model_copy(update={"corpus": json.loads(file.read_text())["name"], **usual})
 
 
 def _text(context: JobContext, spec: TrainSpec) -> Text:
