@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cards, embeddings, evidence, harvests, lists, maps, visibility, weights, wording
+from app import cards, embeddings, evidence, explanations, harvests, lists, maps, visibility, weights, wording
 from app.corpora import Report, tokens_dir, usable_name
 from app.errors import BadFile, Conflict, NotFound
 from app.harvests import FeatureRecord
@@ -201,7 +201,7 @@ def import_bundle(session: Session, settings: Settings, path: Path, report: Repo
     harvest = Harvest(corpus_id=corpus.id, **manifest.harvest.model_dump())
     harvests.record(session, source, harvest, _features(path, manifest, report))
     wording.fill(session, settings, source)
-    _import_explanations(session, source, path)
+    explanations.add(session, source.id, _explanations_in(path))
     embeddings.queue(session, settings)
     if MAP_FILE in listed:
         _import_map(session, source, path)
@@ -363,16 +363,9 @@ def _features(path: Path, manifest: Manifest, report: Report) -> Iterator[Featur
         yield FeatureRecord(evidence=found, effects=effects, **row)
 
 
-def _import_explanations(session: Session, source: Source, path: Path) -> None:
-    query = select(Explanation.index, Explanation.text, Explanation.author, Explanation.method)
-    known = {tuple(row) for row in session.execute(query.where(Explanation.source_id == source.id))}
+def _explanations_in(path: Path) -> Iterator[dict[str, Any]]:
     for row in _json_lines(path / "evidence/explanations.jsonl.zst"):
-        if (row["index"], row["text"], row["author"], row["method"]) not in known:
-            created_at = datetime.fromisoformat(row.pop("created_at"))
-            session.add(Explanation(source_id=source.id, created_at=created_at, **row))
-            feature = session.get(Feature, (source.id, row["index"]))
-            if feature is not None:
-                feature.label = row["text"]
+        yield row | {"created_at": datetime.fromisoformat(row["created_at"])}
 
 
 def _list_lines(session: Session, source: Source) -> Iterator[bytes]:

@@ -6,11 +6,12 @@ that most agree with, then the newest.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from app import catalog
@@ -59,6 +60,40 @@ def write(session: Session, who: Actor, model_id: str, source: str, index: int, 
     session.flush()
     _relabel(session, card.id, index)
     return made
+
+
+def add(session: Session, source_id: int, brought: Iterable[Mapping[str, Any]]) -> None:
+    """Add explanations that come with evidence, columns of the table by name, and label their features.
+
+    What a feature is said to be already is not said twice, and what somebody took back here does not return.
+    """
+    there = select(Explanation.index, Explanation.text).where(Explanation.method != HEURISTIC)
+    gone = select(RetiredExplanation.index, RetiredExplanation.text)
+    known = {tuple(row) for row in session.execute(there.where(Explanation.source_id == source_id))}
+    known |= {tuple(row) for row in session.execute(gone.where(RetiredExplanation.source_id == source_id))}
+    fresh: list[dict[str, Any]] = []
+    for said in brought:
+        if (key := (said["index"], said["text"])) not in known:
+            known.add(key)
+            fresh.append({"source_id": source_id, **said})
+    if fresh:
+        session.execute(insert(Explanation), fresh)
+        labels = written_labels(session, source_id)
+        shown = session.execute(select(Feature.index, Feature.label).where(Feature.source_id == source_id)).all()
+        other = [(index, labels[index]) for index, label in shown if labels.get(index, label) != label]
+        changed = [{"source_id": source_id, "index": index, "label": label} for index, label in other]
+        if changed:
+            session.execute(update(Feature), changed)
+
+
+def written_labels(session: Session, source_id: int) -> dict[int, str]:
+    """Return the label of every feature of a source that has one by people or models."""
+    rows = session.execute(
+        select(Explanation.index, Explanation.text)
+        .where(Explanation.source_id == source_id, Explanation.method != HEURISTIC)
+        .order_by(Explanation.n_votes, Explanation.id)  # of several the last stays: the one that _rank puts first
+    )
+    return {index: text for index, text in rows}  # noqa: C416 - rows are no mapping for pyright
 
 
 def get(session: Session, explanation_id: int) -> Explanation:

@@ -343,7 +343,7 @@ def record(
     session.flush()
     if shown:
         _clear_rows(session, source)
-    labels = _human_labels(session, source)
+    labels = explanations.written_labels(session, source.id)
     for part in _chunks(features):
         session.execute(insert(Evidence), [_evidence_row(harvest, f) for f in part])
         if shown:
@@ -377,7 +377,7 @@ def show(session: Session, settings: Settings, source: Source, harvest_id: int) 
     words = vocabulary((tokens if imported else settings.model_dir(source.model_id)) / corpora.VOCABULARY)
     text = Text(corpora.Stream.open(tokens), words, harvest.context_size, harvest.bos_token_id)
     _clear_rows(session, source)
-    labels = _human_labels(session, source)
+    labels = explanations.written_labels(session, source.id)
     blobs_of = select(Evidence.index, Evidence.blob).where(Evidence.harvest_id == harvest_id).order_by(Evidence.index)
     rows = session.execute(blobs_of).all()
     for part in _chunks(_rebuilt(index, blob, text) for index, blob in rows):
@@ -413,15 +413,6 @@ def _evidence_row(harvest: Harvest, feature: FeatureRecord) -> dict[str, Any]:
         "blob": feature.blob or blobs.pack(feature.evidence),
         "effects": effects,
     }
-
-
-def _human_labels(session: Session, source: Source) -> dict[int, str]:
-    rows = session.execute(
-        select(Explanation.index, Explanation.text)
-        .where(Explanation.source_id == source.id, Explanation.method != HEURISTIC)
-        .order_by(Explanation.n_votes, Explanation.id)  # of several the last stays: as app.explanations chooses
-    )
-    return {index: text for index, text in rows}  # noqa: C416 - rows are no mapping for pyright
 
 
 def _feature_row(source: Source, feature: FeatureRecord, label: str) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import insert, select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import embeddings, harvests, visibility, wording
+from app import embeddings, explanations, harvests, visibility, wording
 from app.catalog import DERIVED_COUNTS, NO_WEIGHTS
 from app.corpora import IMPORTED, VOCABULARY, usable_name
 from app.documents import Report
@@ -45,7 +45,7 @@ from app.harvests import HEURISTIC, FeatureRecord
 from app.models import check_id
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.tables import Corpus, Explanation, Feature, Harvest, Model, Source
+from app.tables import Corpus, Harvest, Model, Source
 from app.tokens import write_vocabulary
 
 SILENT = ("silent", "hard_negatives")
@@ -318,7 +318,7 @@ def catalogue(session: Session, settings: Settings, place: Place, rows: Intake, 
     made = harvests.record(session, source, harvest, records, show=True)
     made.summary = _summary(densities) | ({DERIVED_COUNTS: True} if rows.derived else {})
     made.n_tokens = place.tokens_seen or int(seen.max())
-    _explain(session, source, rows, d_sae)
+    explanations.add(session, source.id, _explained(rows, d_sae))
     session.flush()
     session.refresh(source)
     wording.fill(session, settings, source)
@@ -428,32 +428,14 @@ def _summary(densities: npt.NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _explain(session: Session, source: Source, rows: Intake, d_sae: int) -> None:
-    """Write the explanations that are not there yet; a feature is labelled with its first."""
-    query = select(Explanation.index, Explanation.text).where(Explanation.source_id == source.id)
-    known = {tuple(row) for row in session.execute(query)}
-    labels: dict[int, str] = {}
-    fresh: list[dict[str, Any]] = []
+def _explained(rows: Intake, d_sae: int) -> Iterator[dict[str, Any]]:
     for row in rows.explanations():
-        if row.index >= d_sae or row.typeName == HEURISTIC:
-            continue
-        labels.setdefault(row.index, row.description)
-        if (row.index, row.description) not in known:
-            known.add((row.index, row.description))
+        if row.index < d_sae and row.typeName != HEURISTIC:
             author = row.explanationModelName or row.authorName or "unknown"
             method = row.typeName or "imported"
-            fresh.append(
-                {
-                    "source_id": source.id,
-                    "index": row.index,
-                    "text": row.description,
-                    "method": method[:200],
-                    "author": author[:200],
-                }
-            )
-    if fresh:
-        session.execute(insert(Explanation), fresh)
-    for index, label in labels.items():
-        session.execute(
-            update(Feature).where(Feature.source_id == source.id, Feature.index == index).values(label=label)
-        )
+            yield {
+                "index": row.index,
+                "text": row.description,
+                "method": method[:200],
+                "author": author[:200],
+            }

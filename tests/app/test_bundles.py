@@ -11,7 +11,7 @@ import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import bundles, cards, db, harvests, lists, maps, trash
+from app import bundles, cards, db, explanations, harvests, lists, maps, trash
 from app.errors import BadFile, Conflict
 from app.evidence import Effect, pack_effects, unpack_effects
 from app.lists import Key
@@ -112,6 +112,16 @@ def test_importing_twice_changes_nothing(bundle: Path, other: Session, elsewhere
     assert everything(other) == before
     assert len(other.scalars(select(Source)).all()) == 1
     assert len(other.scalars(select(FeatureList)).all()) == 1
+
+
+def test_an_explanation_that_was_taken_back_here_stays_so(bundle: Path, other: Session, elsewhere: Settings) -> None:
+    source = bundles.import_bundle(other, elsewhere, bundle, quiet)
+    written = select(Explanation).where(Explanation.method != "heuristic")
+    said = other.scalars(written).all()
+    explanations.retire(other, LOCAL, said[0].id)
+    bundles.import_bundle(other, elsewhere, bundle, quiet)
+    assert [e.text for e in other.scalars(written)] == [e.text for e in said[1:]]
+    assert [e.text for e in explanations.history(other, LOCAL, source.id, said[0].index)[1]] == [said[0].text]
 
 
 def test_a_list_that_was_changed_or_deleted_here_stays_so(bundle: Path, other: Session, elsewhere: Settings) -> None:

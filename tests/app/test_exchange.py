@@ -15,12 +15,13 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from app import db, evidence, exchange, wording
+from app import db, evidence, exchange, explanations, wording
 from app.corpora import Stream, tokens_dir
 from app.errors import AtlasError, BadFile, BadInput, Conflict, NotFound, TooLarge
 from app.evidence import Effect, FeatureEvidence, Silent, pack, pack_effects
 from app.exchange import Format
 from app.main import create_app
+from app.people import LOCAL
 from app.settings import Settings
 from app.tables import Corpus, Evidence, Explanation, Feature, Harvest, Model, Source
 from app.tokens import vocabulary
@@ -392,6 +393,37 @@ def np_directory(path: Path, **kinds: list[Any]) -> Path:
 
 ROW = {"modelId": "gpt2-small", "layer": "8-res-jb", "index": "2"}
 ACTIVATION = {**ROW, "tokens": [" a", "<b>\0", " c"], "values": [0, 2.5, 0], "binMin": -1, "binContains": -1}
+
+
+def test_what_was_taken_back_does_not_return_with_the_same_download(
+    tmp_path: Path, other: Session, elsewhere: Settings
+) -> None:
+    said = [{**ROW, "description": text, "typeName": "oai_token-act-pair"} for text in ("wrong", "right")]
+    path = np_directory(tmp_path / "np", activations=[ACTIVATION], explanations=said)
+    (source,) = exchange.import_(other, elsewhere, path, quiet)
+    wrong = other.scalars(select(Explanation).where(Explanation.text == "wrong")).one()
+    kept = explanations.retire(other, LOCAL, wrong.id)
+    exchange.import_(other, elsewhere, path, quiet)
+    now, before = explanations.history(other, LOCAL, source.id, 2)
+    assert [e.text for e in now if e.method != "heuristic"] == ["right"]
+    assert [e.text for e in before] == ["wrong"]
+    explanations.restore(other, LOCAL, kept.id)
+    exchange.import_(other, elsewhere, path, quiet)
+    texts = other.scalars(select(Explanation.text).where(Explanation.index == 2, Explanation.method != "heuristic"))
+    assert sorted(texts) == ["right", "wrong"]
+
+
+def test_an_import_leaves_the_label_that_people_agree_with(tmp_path: Path, other: Session, elsewhere: Settings) -> None:
+    path = np_directory(tmp_path / "np", activations=[ACTIVATION])
+    exchange.import_(other, elsewhere, path, quiet)
+    ours = explanations.write(other, LOCAL, "gpt2-small", "8-res-jb", 2, "ours")
+    explanations.vote(other, LOCAL, ours.id, True)
+    said = {**ROW, "description": "theirs", "typeName": "oai_token-act-pair"}
+    path = np_directory(tmp_path / "later", activations=[ACTIVATION], explanations=[said])
+    exchange.import_(other, elsewhere, path, quiet)
+    assert other.scalars(select(Feature.label).where(Feature.index == 2)).one() == "ours"
+    explanations.vote(other, LOCAL, ours.id, False)
+    assert other.scalars(select(Feature.label).where(Feature.index == 2)).one() == "theirs"
 
 
 def test_a_download_of_activations_alone_can_be_looked_at(tmp_path: Path, other: Session, elsewhere: Settings) -> None:
