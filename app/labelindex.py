@@ -44,7 +44,7 @@ _logger = log.get(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """Explanations that fit, best first, as parallel arrays."""
+    """The explanation of each feature that fits best, best first, as parallel arrays."""
 
     ids: npt.NDArray[np.int64]
     words: Scores
@@ -60,11 +60,15 @@ class Index:
         self,
         ids: npt.NDArray[np.int64],
         sources: npt.NDArray[np.int32],
+        features: npt.NDArray[np.int32],
         texts: Sequence[str],
         vectors: dict[str, bytes],
     ) -> None:
-        """ids, sources and texts are of explanations; vectors are float16 by meaning.text_hash."""
+        """ids, sources, features and texts are of explanations; vectors are float16 by meaning.text_hash."""
         self._ids, self._sources = ids, sources
+        self._feature = (sources.astype(np.int64) << 32) | features
+        _, which, counts = np.unique(self._feature, return_inverse=True, return_counts=True)
+        self._several = counts[which] > 1
         numbers: dict[str, int] = {}
         self._text = np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int32)
         self._texts = [" ".join(text.lower().split()) for text in numbers]
@@ -89,7 +93,7 @@ class Index:
         return len(self._texts)
 
     def find(self, query: str, vector: meaning.Vectors | None, sources: Collection[int] | None = None) -> Found:
-        """Return what fits by words or by meaning, among the explanations of some sources or of all."""
+        """Return what fits by words or by meaning, among the explanations of some sources or of all; a feature once."""
         words = self._by_words(" ".join(query.lower().split()))
         scope = None if sources is None else np.isin(self._sources, np.fromiter(sources, dtype=np.int32))
         cosines = np.zeros(len(self._texts), dtype=np.float32)
@@ -108,8 +112,18 @@ class Index:
             chosen, text = chosen[kept], text[kept]
         # Of equals the shorter text, then the older explanation.
         order = np.lexsort((self._ids[chosen], self._lengths[text], -np.round(score[text], 4)))
-        chosen, text = chosen[order], text[order]
+        chosen = self._first_of_features(chosen[order])
+        text = self._text[chosen]
         return Found(self._ids[chosen], words[text], cosines[text])
+
+    def _first_of_features(self, chosen: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+        """Return the explanations without those whose feature stands further ahead already."""
+        several = np.flatnonzero(self._several[chosen])
+        _, first = np.unique(self._feature[chosen[several]], return_index=True)
+        kept = np.ones(len(chosen), dtype=bool)
+        kept[several] = False
+        kept[several[first]] = True
+        return chosen[kept]
 
     def _cosines(self, vector: meaning.Vectors, words: Scores, scope: npt.NDArray[np.int32] | None) -> Scores:
         """Return cosines of the texts in scope; of many, exact for the nearest and those with the words, else 0."""
@@ -242,15 +256,18 @@ def distance(a: str, b: str, most: int) -> int:
 
 def load(session: Session) -> Index:
     """Read every explanation and vector of the catalog."""
-    rows = session.execute(select(Explanation.id, Explanation.source_id, Explanation.text).order_by(Explanation.id))
-    ids, sources, texts = list[int](), list[int](), list[str]()
+    columns = Explanation.id, Explanation.source_id, Explanation.index, Explanation.text
+    rows = session.execute(select(*columns).order_by(Explanation.id))
+    ids, sources, features, texts = list[int](), list[int](), list[int](), list[str]()
     for row in rows.yield_per(10_000):
         ids.append(row[0])
         sources.append(row[1])
-        texts.append(row[2])
+        features.append(row[2])
+        texts.append(row[3])
     made = select(Embedding.text_hash, Embedding.vector).where(Embedding.model == meaning.MODEL)
     vectors = {row[0]: row[1] for row in session.execute(made).yield_per(10_000)}
-    return Index(np.array(ids, dtype=np.int64), np.array(sources, dtype=np.int32), texts, vectors)
+    places = np.array(sources, dtype=np.int32), np.array(features, dtype=np.int32)
+    return Index(np.array(ids, dtype=np.int64), *places, texts, vectors)
 
 
 class LabelIndex:

@@ -46,7 +46,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Hit:
-    """An explanation that fits, with the feature it is of."""
+    """A feature with the one of its explanations that fits best."""
 
     explanation_id: int
     model_id: str
@@ -60,6 +60,11 @@ class Hit:
     cosine: float | None = None
     """Of its meaning with the query's; None where the meaning was not looked at."""
     source_id: int = 0
+
+    @property
+    def label(self) -> str:
+        """The feature's label, where that is another text than the one that fits."""
+        return self.feature.label if self.feature.label != self.text else ""
 
     @property
     def path(self) -> str:
@@ -90,7 +95,10 @@ def find(
     offset: int = 0,
     limit: int = PAGE_SIZE,
 ) -> Results:
-    """Return the explanations that fit a query best, by words with typos and by meaning; by SQL without an index."""
+    """Return the features whose explanations fit a query best, each once, with the one that fits it best.
+
+    By words with typos and by meaning; by SQL without an index.
+    """
     query, scope = _clean(query), scope or Scope()
     if index is None or not query:
         return labels(
@@ -142,20 +150,26 @@ def labels(
     offset: int = 0,
     limit: int = PAGE_SIZE,
 ) -> Results:
-    """Return explanations that hold every word of the query, `limit` from `offset`, out of one model or all."""
+    """Return the closest explanation of each feature that holds every word of the query, `limit` from `offset`."""
     query = _clean(query)
     if not query:
         return Results("", (), 0, 0)
     where = [like(Explanation.text, word) for word in query.split()[:MAX_WORDS]]
     where += Scope(model_id, set_name, tuple(sources)).conditions()
-    total = session.execute(
-        select(func.count()).select_from(Explanation).join(Source, Source.id == Explanation.source_id).where(*where)
-    ).scalar_one()
     closeness = _closeness(query)
+    order = closeness.desc(), func.length(Explanation.text)
+    place = func.row_number().over(
+        partition_by=(Explanation.source_id, Explanation.index), order_by=(*order, Explanation.id)
+    )
+    fitting = select(Explanation.id, place.label("place")).join(Source, Source.id == Explanation.source_id)
+    ranked = fitting.where(*where).subquery()
+    best = (Explanation.id == ranked.c.id) & (ranked.c.place == 1)
+    counted = select(func.count()).select_from(Explanation).join(Source, Source.id == Explanation.source_id)
+    total = session.execute(counted.join(ranked, best)).scalar_one()
     rows = session.execute(
         _statement(closeness.label("closeness"))
-        .where(*where)
-        .order_by(closeness.desc(), func.length(Explanation.text), Source.model_id, Source.layer, Explanation.index)
+        .join(ranked, best)
+        .order_by(*order, Source.model_id, Source.layer, Explanation.index)
         .limit(limit)
         .offset(offset)
     ).all()

@@ -36,7 +36,8 @@ def index() -> Index:
         for text, vector in zip(TEXTS, encoder.embed(TEXTS), strict=True)
     }
     ids = np.arange(len(TEXTS), dtype=np.int64) + 100
-    return Index(ids, np.array([1] * 4 + [2] * 4, dtype=np.int32), TEXTS, vectors)
+    sources, features = np.array([1] * 4 + [2] * 4, dtype=np.int32), np.arange(len(TEXTS), dtype=np.int32)
+    return Index(ids, sources, features, TEXTS, vectors)
 
 
 def found(index: Index, query: str, sources: list[int] | None = None, vector: bool = True) -> list[str]:
@@ -53,6 +54,14 @@ def test_misspelt_words_are_found_without_any_vector(index: Index, query: str) -
 
 def test_the_query_itself_comes_first_then_what_begins_with_it(index: Index) -> None:
     assert found(index, "harbours")[:2] == ["harbours", "harbours and ships"]
+
+
+def test_a_feature_with_several_explanations_is_found_once_by_the_one_that_fits_best() -> None:
+    texts = ["harbours and ships", "harbours", "harbours in winter", "harbours", "winter"]
+    sources, features = np.array([1, 1, 1, 2, 1], dtype=np.int32), np.array([5, 5, 6, 5, 5], dtype=np.int32)
+    hits = Index(np.arange(5, dtype=np.int64), sources, features, texts, {}).find("harbours", None)
+    assert hits.ids.tolist() == [1, 3, 2]
+    assert hits.words.tolist() == pytest.approx([1, 1, 0.9], abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -191,10 +200,10 @@ def test_of_very_many_vectors_the_nearest_are_found_as_if_each_were_compared(mon
     texts = [f"text{i}" for i in range(n)]
     vectors = {meaning.text_hash(text): row.tobytes() for text, row in zip(texts, made, strict=True)}
     ids, sources = np.arange(n, dtype=np.int64), (np.arange(n) % 2).astype(np.int32)
-    whole = Index(ids, sources, texts, vectors)
+    whole = Index(ids, sources, ids.astype(np.int32), texts, vectors)
     monkeypatch.setattr(labelindex, "MAX_EXACT", 1_000)
     monkeypatch.setattr(labelindex, "CANDIDATES", 500)
-    coarse = Index(ids, sources, texts, vectors)
+    coarse = Index(ids, sources, ids.astype(np.int32), texts, vectors)
     for asked in range(0, 100, 10):
         for scope in (None, [1]):
             vector = made[asked].astype(np.float32)

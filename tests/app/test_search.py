@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.orm import Session
 
-from app import search
+from app import explanations, search
+from app.people import LOCAL
 
 
 def labels(session: Session, query: str, **limits: object) -> list[int]:
@@ -41,6 +42,14 @@ def test_pages_follow_each_other(session: Session) -> None:
     second = search.labels(session, "label number", offset=20)
     assert second.next_offset is None
     assert len({hit.path for hit in first.hits + second.hits}) == first.total
+
+
+def test_a_feature_with_several_explanations_is_found_once_by_the_one_that_fits_best(session: Session) -> None:
+    explanations.write(session, LOCAL, "tiny", "1-demo", 3, "harbours and their ships")
+    assert labels(session, "harbours") == [3, 0, 4]
+    found = search.labels(session, "harbours", limit=1)
+    assert (found.total, found.hits[0].text, found.hits[0].label) == (3, "harbours", "harbours and their ships")
+    assert search.labels(session, "their ships").hits[0].label == ""
 
 
 def test_the_search_can_be_kept_to_a_model_and_to_sources(session: Session) -> None:
