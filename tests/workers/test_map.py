@@ -15,7 +15,7 @@ from app.tables import Feature, Job, Model
 from tests.tiny import Tiny
 from workers.checkpoints import load_sae
 from workers.language_model import LanguageModel
-from workers.trainer.kinds import JobContext, kind
+from workers.trainer.kinds import Cancelled, JobContext, kind
 from workers.trainer.map import clustered, layout, named, terms_of
 
 SPEC = MapSpec(model="m", source="s")  # pyright: ignore[reportCallIssue]
@@ -44,6 +44,19 @@ def test_a_map_is_the_same_every_time_and_keeps_bundles_of_directions_together(
     within = np.linalg.norm(placed.reshape(3, 80, 2) - middles[:, None], axis=-1).max()
     between = min(np.linalg.norm(middles[i] - middles[j]) for i in range(3) for j in range(i))
     assert within < between
+
+
+def test_the_epochs_are_told_and_a_cancelled_layout_ends_at_once(planted: np.ndarray) -> None:
+    told: list[tuple[int, int]] = []
+    layout(planted, SPEC, lambda done, n_epochs: told.append((done, n_epochs)))
+    assert told[-1] == (500, 500)
+    assert told == sorted(told)
+
+    def cancel(done: int, n_epochs: int) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        layout(planted, SPEC, cancel)
 
 
 def test_clusters_are_named_by_what_their_labels_share(placed: np.ndarray) -> None:

@@ -6,10 +6,11 @@ time: distances between them are then products of 64 numbers, and no d_sae x d_s
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,17 @@ class DrawMap(JobKind):
         if not path.exists():
             context.report(0.05, "reading the decoder directions")
             coder = _coder(context)
-            context.report(0.1, f"laying out {coder.d_sae:,} features; UMAP compiles first")
-            placed = layout(coder.W_dec.float().cpu().numpy(), MapSpec(**context.spec))
+            n = f"{coder.d_sae:,} features"
+            context.report(0.1, f"UMAP looks for the neighbours of {n}; at first it compiles for ten seconds")
+
+            def moved(done: int, n_epochs: int) -> None:
+                context.report(0.3 + 0.6 * done / n_epochs, f"laying out {n}, epoch {done} of {n_epochs}")
+
+            placed = layout(coder.W_dec.float().cpu().numpy(), MapSpec(**context.spec), moved)
             scratch = context.directory / "map.new.npy"
             np.save(scratch, placed)
             scratch.replace(path)
+        context.report(0.9, "finding clusters and their names")
 
     def finish(self, context: JobContext) -> dict[str, Any]:
         spec = MapSpec(**context.spec)
@@ -76,8 +83,17 @@ class DrawMap(JobKind):
         return result
 
 
-def layout(directions: npt.NDArray[np.float32], spec: MapSpec) -> npt.NDArray[np.float32]:
-    """Place each decoder row on a plane, [d_sae, 2] within -1..1, rows of high cosine close together."""
+Epochs = Callable[[int, int], None]
+"""Told the epochs that are done and all there are."""
+
+
+def layout(
+    directions: npt.NDArray[np.float32], spec: MapSpec, moved: Epochs = lambda done, n_epochs: None
+) -> npt.NDArray[np.float32]:
+    """Place each decoder row on a plane, [d_sae, 2] within -1..1, rows of high cosine close together.
+
+    What `moved` raises ends it.
+    """
     unit = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-12)
     reduced = _principal(unit, min(N_COMPONENTS, *unit.shape))
     n = len(reduced)
@@ -92,12 +108,26 @@ def layout(directions: npt.NDArray[np.float32], spec: MapSpec) -> npt.NDArray[np
             random_state=spec.seed,
             n_jobs=1,
             low_memory=True,
+            tqdm_kwds=_followed(moved),
         )
         placed = np.asarray(mapper.fit_transform(reduced))
     else:
         placed = np.pad(reduced[:, :2], ((0, 0), (0, max(0, 2 - reduced.shape[1]))))
     placed = placed - (placed.max(axis=0) + placed.min(axis=0)) / 2
     return (placed / max(float(np.abs(placed).max()), 1e-12)).astype(np.float32)
+
+
+def _followed(moved: Epochs) -> dict[str, Any]:
+    """Have UMAP's progress bar written to a function: it has no callback."""
+
+    class Written(io.StringIO):
+        def write(self, text: str) -> int:
+            if numbers := re.search(r"(\d+) of (\d+)", text):
+                moved(int(numbers[1]), int(numbers[2]))
+            return len(text)
+
+    bar = {"bar_format": "{n_fmt} of {total_fmt}", "ascii": True, "ncols": 40}
+    return {"file": Written(), "disable": False, "mininterval": 0.5, "miniters": 1, **bar}
 
 
 def clustered(placed: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
