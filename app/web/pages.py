@@ -101,8 +101,8 @@ class Pages:
             "data": data,
         }
 
-    def text(self, name: str, page: Any, actor: Actor | None = None) -> str:
-        return self.env.get_template(name).render(page=page, actor=actor)
+    def text(self, name: str, page: Any, actor: Actor | None = None, stranger: bool = False) -> str:
+        return self.env.get_template(name).render(page=page, actor=actor, stranger=stranger)
 
     def html(
         self,
@@ -112,8 +112,9 @@ class Pages:
         *,
         status: int = 200,
         headers: dict[str, str] | None = None,
+        stranger: bool = False,
     ) -> HTMLResponse:
-        text = self.text(name, page, actor)
+        text = self.text(name, page, actor, stranger)
         # Words that people or models wrote may hold lone surrogates, which UTF-8 cannot.
         return HTMLResponse(text.encode("utf-8", "replace"), status, headers)
 
@@ -122,7 +123,9 @@ def render(
     request: Request, name: str, page: Any, *, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
     actor = getattr(request.state, "actor", None)
-    return request.app.state.pages.html(name, page, actor, status=status, headers=headers)
+    # What leads to the login page anyway is not offered to whoever has no account here.
+    stranger = request.app.state.settings.team and actor is None and hasattr(request.state, "actor")
+    return request.app.state.pages.html(name, page, actor, status=status, headers=headers, stranger=stranger)
 
 
 async def read(session: Session, look: Callable[..., T], *asked: Any) -> T:
