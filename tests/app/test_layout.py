@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,11 @@ def test_every_module_says_what_it_promises() -> None:
     modules = [ROOT / p for p in tracked() if p.endswith(".py") and not p.endswith("__init__.py")]
     silent = [str(m.relative_to(ROOT)) for m in modules if m.exists() and not m.read_text().lstrip().startswith('"""')]
     assert silent == []
+
+
+def test_the_readme_names_every_module_that_is_not_a_page_or_a_route() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"[a-z_]+", readme[readme.index("app/    settings") :].split("```")[0]))
+    folders = [ROOT / "app", *(ROOT / "workers" / name for name in ("", "gpu", "sae", "trainer"))]
+    modules = {path.stem for folder in folders for path in folder.glob("[a-z]*.py")}
+    assert modules - named == set()
