@@ -84,6 +84,10 @@ def new(
 
 def edit(found: FeatureList, name: str, description: str, test_text: str, visibility: Visibility) -> None:
     _write(found, name, description, test_text)
+    share(found, visibility)
+
+
+def share(found: FeatureList, visibility: Visibility) -> None:
     found.visibility = visibility
     found.updated_at = now()
 

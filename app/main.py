@@ -19,6 +19,7 @@ from app.api import (
     features,
     health,
     queue,
+    share,
     steer,
     steer_lab,
     tokenize,
@@ -165,6 +166,7 @@ def create_app(settings: Settings) -> FastAPI:
         train,
         evaluate,
         lists_api,
+        share,
         comments_api,
         unknown,
     ):

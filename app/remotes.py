@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from app import bundles, jobs, uploads, webfiles
 from app.bundles import MANIFEST, Manifest
@@ -29,6 +30,8 @@ INDEX = "index.json"
 MAX_BUNDLES = 5_000
 MAX_INDEX_BYTES = 2**23
 MAX_REMOTES = 100
+OLD_MINUTES = 55
+"""After so long a trainer lists a remote again, at its hourly round."""
 _MAX_MANIFEST_BYTES = 2**24
 _DEPTH = 3
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -109,6 +112,26 @@ def refresh(session: Session, settings: Settings, remote: Remote) -> None:
     except AtlasError as error:
         remote.problem = error.message[:500]
     session.flush()
+
+
+def refresh_old(sessions: sessionmaker[Session], settings: Settings) -> int:
+    """List again what was last listed long ago; return how many. No transaction waits for a web server."""
+    with sessions() as session:
+        old = (Remote.checked_at.is_(None)) | (Remote.checked_at < now() - timedelta(minutes=OLD_MINUTES))
+        due = session.execute(select(Remote.id, Remote.place).where(old).order_by(Remote.checked_at)).all()
+    for number, place in due:
+        try:
+            entries, problem = listed(settings, place), ""
+        except AtlasError as error:
+            entries, problem = None, error.message[:500]
+        with sessions.begin() as session:
+            remote = session.get(Remote, number)
+            if remote is None:
+                continue
+            remote.problem = problem
+            if entries is not None:
+                remote.listing, remote.checked_at = [entry.model_dump() for entry in entries], now()
+    return len(due)
 
 
 def everything(session: Session) -> list[Remote]:

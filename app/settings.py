@@ -57,7 +57,9 @@ class Settings(BaseSettings):
         description="Domains of e-mail addresses that come in as viewers without an invitation, with commas.",
     )
     requests_per_minute: int = Field(
-        default=1200, ge=1, description="Requests a minute of one person, or of one address without one, in team mode."
+        default=1200,
+        ge=1,
+        description="Requests a minute of one person, or one address without one, in team mode, by web process.",
     )
     port: int = Field(default=3000, ge=0, le=65535, description="Port of the web server.")
     database_url: str = Field(

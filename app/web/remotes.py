@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
@@ -14,6 +15,7 @@ from app.errors import AtlasError
 from app.people import Role
 from app.remotes import Offer
 from app.settings import Settings
+from app.tables import now
 from app.web.access import ADMIN, EDITOR, VIEWER, Who
 from app.web.pages import Config, Db, render
 from app.web.problems import Problem, of
@@ -93,7 +95,7 @@ def _show(
         Shown(
             remote.name,
             remote.place,
-            f"{remote.checked_at:%Y-%m-%d %H:%M}" if remote.checked_at else "never",
+            _checked(remote.checked_at),
             remote.problem,
             tuple(remotes.offers(session, remote)),
         )
@@ -109,3 +111,12 @@ def _show(
         problem,
     )
     return render(request, "remotes.html", page, status=problem.status if problem else 200)
+
+
+def _checked(at: datetime | None) -> str:
+    """Return when a remote was listed last, and how long ago that is."""
+    if at is None:
+        return "never yet"
+    ago = max(int((now() - at).total_seconds()) // 60, 0)
+    words = f"{ago} min" if ago < 120 else f"{ago // 60} h" if ago < 48 * 60 else f"{ago // 1440} days"
+    return f"{at:%Y-%m-%d %H:%M} UTC, {words} ago"

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from app.errors import AtlasError, BadFile, BadInput, Conflict, Forbidden, NotFo
 from app.main import create_app
 from app.people import Role
 from app.settings import Settings
-from app.tables import Feature, Job, Source
+from app.tables import Feature, Job, Source, now
 from app.web.access import declared
 from app.weights import check_sae
 from tests import conftest
@@ -356,3 +357,25 @@ def test_the_same_from_the_command_line(here: Settings, sessions: sessionmaker[S
     with sessions() as session:
         assert session.scalars(select(Job)).one().title == "Import tiny/1-demo from lab"
     said("remove", "lab")
+
+
+def test_a_trainer_lists_again_what_was_listed_long_ago_and_says_when(
+    browser: TestClient, here: Settings, sessions: sessionmaker[Session], shelf: Path, tmp_path: Path
+) -> None:
+    browser.post("/remotes/add", data={"name": "lab", "place": str(shelf)})
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    browser.post("/remotes/add", data={"name": "gone", "place": str(gone)})
+    gone.rmdir()
+    assert remotes.refresh_old(sessions, here) == 0
+    with sessions.begin() as session:
+        for remote in remotes.everything(session):
+            remote.checked_at = now() - timedelta(hours=3)
+    (shelf / "saes" / "one").rename(shelf / "saes" / "uno")
+    assert browser.get("/remotes").text.count(" UTC, 3 h ago") == 2
+    assert remotes.refresh_old(sessions, here) == 2
+    page = browser.get("/remotes").text
+    assert (page.count(" UTC, 0 min ago"), page.count(" UTC, 3 h ago")) == (1, 1)
+    assert "There is no folder" in page
+    with sessions() as session:
+        assert "saes/uno" in {entry["path"] for entry in remotes.named(session, "lab").listing}

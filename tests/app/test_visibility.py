@@ -117,7 +117,7 @@ def test_a_private_sae_of_somebody_else_is_404_on_every_route_that_names_it_and_
     ada, bob = lab.as_("ada"), lab.as_("bob")
     named, elsewhere, opened = 0, 0, 0
     for route in routes_of(lab.app):
-        if "GET" not in route.methods or route.path in ("/readyz", "/metrics", "/events"):
+        if "GET" not in (route.methods or ()) or route.path in ("/readyz", "/metrics", "/events"):
             continue
         path = _filled(route.path, lab.ids)
         asked = path + (f"?{_ASKED_OF[route.path]}" if route.path in _ASKED_OF else "")
@@ -353,3 +353,51 @@ def test_uploads_that_a_hidden_job_waits_for_stay(lab: Lab) -> None:
         visibility.read_as(session, Reader("bob"))
         uploads.sweep(session, lab.settings, older_than=-1)
     assert path.exists()
+
+
+def test_a_private_list_is_404_for_others_on_every_route_and_shows_on_none(lab: Lab) -> None:
+    ada, bob = lab.as_("ada"), lab.as_("bob")
+    asked = {"name": "okapi", "visibility": "private", "features": [{**_KEY, "source": "2-plain", "layer": "2-plain"}]}
+    key = ada.post("/api/list/new-with-features", json=asked).json()["id"]
+    named = 0
+    for route in routes_of(lab.app):
+        method = "POST" if "POST" in (route.methods or ()) else "GET"
+        if "{list_id}" in route.path:
+            named += 1
+            answer = bob.request(method, route.path.replace("{list_id}", key), data={"feature": "tiny/2-plain/3"})
+            assert answer.status_code == 404, route.path
+        elif method == "GET" and route.path not in ("/readyz", "/metrics", "/events"):
+            assert "okapi" not in bob.get(_filled(route.path, lab.ids)).text, route.path
+    for action in ("get", "add-features", "edit-feature", "remove", "delete"):
+        body = {"listId": key, "modelId": "tiny", "layer": "2-plain", "index": "3", "featuresToAdd": []}
+        assert bob.post(f"/api/list/{action}", json=body).status_code == 404, action
+    assert named > 4
+    assert "okapi" in ada.get(f"/lists/{key}").text
+    assert "okapi" in lab.as_("root").get(f"/lists/{key}").text
+
+
+def test_all_five_are_shared_over_the_api_by_their_owner_alone(lab: Lab) -> None:
+    ada, bob = lab.as_("ada"), lab.as_("bob")
+    made = ada.post("/api/list/new", json={"name": "okapi", "visibility": "private"}).json()["id"]
+    asked: dict[str, dict[str, Any]] = {kind: {"kind": kind, "id": lab.ids[kind]} for kind in ("job", "run", "vector")}
+    asked["sae"] = {"kind": "sae", "modelId": "tiny", "source": "1-zebra"}
+    asked["list"] = {"kind": "list", "id": made}
+    for kind, body in asked.items():
+        assert ada.post("/api/share", json=body).json()["visibility"] == "private", kind
+        for seen_by in (None, "team", "link"):
+            assert bob.post("/api/share", json={**body, "visibility": seen_by}).status_code == 404, kind
+        shared = ada.post("/api/share", json={**body, "visibility": "link"}).json()
+        assert (shared["visibility"], shared["owner"]) == ("link", "ada"), kind
+        stranger = lab.as_()
+        opened = stranger.get(shared["url"])
+        while opened.status_code == 303:
+            opened = stranger.get(opened.headers["location"])
+        assert opened.status_code == 200, kind
+        assert "Sign in" in opened.text, kind
+        assert ada.post("/api/share", json={**body, "visibility": "team"}).json()["url"] == "", kind
+        assert bob.post("/api/share", json={**body, "visibility": "private"}).status_code == 403, kind
+        again = lab.as_().get(shared["url"])
+        assert again.status_code in (303, 404), kind
+        assert "/login" in again.headers.get("location", "/login"), kind
+    assert ada.post("/api/share", json={"kind": "sae", "id": "x" * 5000}).status_code == 404
+    assert ada.post("/api/share", json={"kind": "person", "id": "1"}).status_code == 422

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import IO, Any
 
 import structlog
@@ -30,7 +30,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app import db, jobqueue, jobs, lockfile, log, trash
+from app import db, jobqueue, jobs, lockfile, log, remotes, trash
 from app.errors import AtlasError
 from app.settings import Settings
 from app.tables import Beat, Job, JobState, now
@@ -293,9 +293,18 @@ def _attend(
                 purge_at = time.monotonic() + _PURGE_SECONDS
                 with sessions() as session:
                     trash.purge(session, settings)
+                # Other people's servers may be slow, and a trainer that does not beat loses its jobs.
+                Thread(target=_list_remotes, args=(settings, sessions), daemon=True).start()
         except Exception:
             # A locked or unreachable database: the next round tries again, and dbos retries its own writes.
             _logger.warning("sweep failed; trying again", exc_info=True)
+
+
+def _list_remotes(settings: Settings, sessions: sessionmaker[Session]) -> None:
+    try:
+        remotes.refresh_old(sessions, settings)
+    except Exception:
+        _logger.warning("remote catalogs were not listed again", exc_info=True)
 
 
 def _rested(settings: Settings, runner: Runner, stop: Event) -> bool:
