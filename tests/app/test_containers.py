@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from compose_spec import PyCompose
+from starlette.types import Receive, Scope, Send
 
 from app import db
 from app.settings import Settings
+from app.web.proxy import Proxied
 from tests.conftest import Catalog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +96,73 @@ def test_the_web_image_has_no_torch_and_nothing_runs_as_root() -> None:
     for stage in ("web", "worker"):
         users = [line.split()[1] for line in STAGES[stage] if line.startswith("USER")]
         assert users == ["10001:10001"]
+
+
+def test_all_steps_are_shell_and_install_what_the_project_offers() -> None:
+    offered = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for lines in STAGES.values():
+        for step in (line.removeprefix("RUN ") for line in lines if line.startswith("RUN ")):
+            subprocess.run(["bash", "-n", "-c", step], check=True)
+            for program in re.findall(r"(?:^|&& )(\w+)", step):
+                assert shutil.which(program), program
+            for extras in re.findall(r"\.\[([\w,]+)\]", step):
+                assert set(extras.split(",")) <= set(offered)
+
+
+def interpolated(text: str, given: dict[str, str]) -> str:
+    """Put in what .env says, as Compose does; `:?` without a value is an error there."""
+
+    def value(found: re.Match[str]) -> str:
+        name, kind, default = found[1], found[2], found[3] or ""
+        if name not in given and kind == ":?":
+            raise KeyError(name)
+        return given.get(name, default)
+
+    return re.sub(r"\$\{(\w+)(?:(:-|:\?)([^}]*))?\}", value, text)
+
+
+@pytest.mark.parametrize("more", [{}, {"WORKER_CPUS": "4", "WORKER_MEMORY": "16g", "METRICS_TOKEN": "t"}])
+def test_the_file_keeps_to_the_compose_specification(more: dict[str, str]) -> None:
+    given = {"ATLAS_HOST": "atlas.example.org", "POSTGRES_PASSWORD": "x", **more}
+    merged = yaml.safe_load(interpolated((REPOSITORY / "docker-compose.yml").read_text(), given))
+    read = PyCompose.from_yaml(yaml.safe_dump(merged))
+    read.validate()
+    assert set(read.service_names()) == set(SERVICES)
+
+
+@pytest.mark.parametrize("name", ["ATLAS_HOST", "POSTGRES_PASSWORD"])
+def test_there_is_no_default_host_nor_password(name: str) -> None:
+    given = {"ATLAS_HOST": "atlas.example.org", "POSTGRES_PASSWORD": "x"}
+    del given[name]
+    with pytest.raises(KeyError, match=name):
+        interpolated((REPOSITORY / "docker-compose.yml").read_text(), given)
+
+
+@pytest.mark.parametrize(
+    "change", [("restart:", "restrat:"), ("- socket:/run", "- sockt:/run"), ("interval: 15s", "interval: soon")]
+)
+def test_a_mistake_in_the_file_would_be_seen(change: tuple[str, str]) -> None:
+    text = (REPOSITORY / "docker-compose.yml").read_text().replace(*change)
+    merged = yaml.safe_load(interpolated(text, {"ATLAS_HOST": "a.example.org", "POSTGRES_PASSWORD": "x"}))
+    with pytest.raises(ValueError):  # noqa: PT011 - its sentences are the library's
+        PyCompose.from_yaml(yaml.safe_dump(merged)).validate()
+
+
+def test_the_web_service_learns_from_the_proxy_where_requests_come_from() -> None:
+    """Else all people have the proxy's address, and a stranger's wrong passwords keep everybody out."""
+    said = SERVICES["web"]["environment"]["SAE_ATLAS_TRUSTED_PROXIES"]
+    seen: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["client"][0])
+
+    async def nothing(*_: Any) -> Any: ...
+
+    for peer in ("172.18.0.5", "192.168.16.3", "203.0.113.9"):
+        headers = [(b"x-forwarded-for", b"198.51.100.7"), (b"x-forwarded-proto", b"https")]
+        scope = {"type": "http", "client": (peer, 4000), "scheme": "http", "headers": headers}
+        asyncio.run(Proxied(app, said)(scope, nothing, nothing))
+    assert seen == ["198.51.100.7", "198.51.100.7", "203.0.113.9"]
 
 
 if shutil.which("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
