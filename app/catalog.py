@@ -418,16 +418,22 @@ def harvests_of(session: Session, source: SourceCard) -> tuple[HarvestCard, ...]
 def source_page(session: Session, model_id: str, name: str) -> tuple[ModelCard, SourceCard, HarvestCard | None]:
     """Return a source with its model and the harvest whose evidence is shown, in one query."""
     if _SLUG.fullmatch(model_id) and _SLUG.fullmatch(name):
-        row = session.execute(
-            select(Model, Source, Harvest, Corpus)
-            .join(Source, Source.model_id == Model.id)
-            .outerjoin(Harvest, Harvest.id == Source.harvest_id)
-            .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-            .where(Model.id == model_id, Source.name == name)
-        ).first()
+        row = session.execute(_page_query(), {"model": model_id, "name": name}).first()
         if row is not None:
             return card(row[0]), card_of(row[1]), _harvest(row[2], row[3])
     raise _unknown_source(session, model_id, name)
+
+
+@lru_cache(maxsize=1)
+def _page_query() -> Select[*tuple[Any, ...]]:
+    return (
+        select(Model, Source, Harvest, Corpus)
+        .join(Source, Source.model_id == Model.id)
+        .outerjoin(Harvest, Harvest.id == Source.harvest_id)
+        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+        .where(Model.id == bindparam("model"), Source.name == bindparam("name"))
+        .execution_options(**{visibility.ONCE: True})
+    )
 
 
 def default_source(session: Session, model_id: str, layer: int) -> SourceCard:

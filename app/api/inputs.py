@@ -61,12 +61,17 @@ def check_text(settings: Settings, text: str) -> None:
 def find_feature(session: Session, key: FeatureKey) -> tuple[SourceCard, int]:
     """Return a feature's source and latent. Raises NotFound."""
     source = catalog.source_card(session, key.modelId, key.source)
-    latent = catalog.parse_index(key.index)
+    return source, latent_of(source, key.index)
+
+
+def latent_of(source: SourceCard, index: str) -> int:
+    """Return the latent that an index names. Raises NotFound where the source has none."""
+    latent = catalog.parse_index(index)
     if latent >= source.d_sae:
         raise NotFound(
             f"{source.model_id}/{source.name} has features 0 to {source.d_sae - 1}; there is no feature {latent}."
         )
-    return source, latent
+    return latent
 
 
 async def find_token(worker: Worker, model: ModelRef, words: Vocabulary, said: str) -> int:

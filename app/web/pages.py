@@ -194,8 +194,12 @@ def shown(text: str) -> Markup:
 
 def _shown(text: str) -> str:
     # A page has a thousand such pieces, and text that knows it is markup takes as long to make as all of this.
-    escaped = html.escape(text)
+    escaped = _escape(text)
     return escaped if text.isprintable() else escaped.translate(_MARKS)
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;")
 
 
 def token(text: str) -> Markup:
@@ -213,11 +217,11 @@ def window(shown_window: present.Window) -> Markup:
     for piece in shown_window.pieces:
         if piece.level:
             kind = f"a{piece.level} peak" if piece.peak else f"a{piece.level}"
-            parts.append(f'<mark class="{kind}" title="{html.escape(piece.tip)}">{_token(piece.text)}</mark>')
+            parts.append(f'<mark class="{kind}" title="{_escape(piece.tip)}">{_token(piece.text)}</mark>')
         elif piece.special:
             parts.append(f'<i class="special">{_shown(piece.text)}</i>')
         elif piece.peak:
-            parts.append(f'<span class="looked" title="{html.escape(piece.tip)}">{_token(piece.text)}</span>')
+            parts.append(f'<span class="looked" title="{_escape(piece.tip)}">{_token(piece.text)}</span>')
         else:
             parts.append(_shown(piece.text))
     parts += [_CUT if shown_window.cut_after else "", "</span>"]
