@@ -51,6 +51,12 @@ class SearchPage:
     """Why meaning does not count, or not for all; empty when it does."""
     can_embed: bool
     """Whether asking for the missing vectors helps."""
+    reading: bool
+    """Labels are being read into the index: what was found is not all yet, and the page asks again."""
+
+    @property
+    def here(self) -> str:
+        return self._link(self.results.offset or None)
 
     @property
     def next(self) -> str | None:
@@ -88,9 +94,10 @@ def search_page(
         models=_named(entries, q) if offset == 0 and not scope else (),
         results=results,
         saes=_described(session, q) if offset == 0 and not scope else (),
-        lines=_lines(session, settings, results.hits),
+        lines=_lines(session, settings, entries, results.hits),
         note=note,
         can_embed=can_embed,
+        reading=bool(q.strip()) and index is None,
     )
     return render(request, "_hits.html" if partial(request) else "search.html", page)
 
@@ -147,7 +154,7 @@ def _note(session: Session, index: Index | None) -> tuple[str, bool]:
         return f"Found by words only: the embedding model is not installed ({meaning.INSTALL}).", False
     if index is None:
         return (
-            "Found by words as they are spelt: labels are being read into the index. Search again in a moment.",
+            "Found by words as they are spelt: labels are being read into the index. This page goes on by itself.",
             False,
         )
     if index.n_vectors == index.n_texts:
@@ -159,9 +166,11 @@ def _note(session: Session, index: Index | None) -> tuple[str, bool]:
     return f"The meaning of {missing} is not known yet.", True
 
 
-def _lines(session: Session, settings: Settings, hits: tuple[Hit, ...]) -> tuple[Line, ...]:
+def _lines(
+    session: Session, settings: Settings, entries: tuple[ModelEntry, ...], hits: tuple[Hit, ...]
+) -> tuple[Line, ...]:
     examples = search.top_examples(session, hits)
-    specials = {entry.card.id: frozenset(entry.card.special_token_ids) for entry in catalog.entries(session)}
+    specials = {entry.card.id: frozenset(entry.card.special_token_ids) for entry in entries}
     lines: list[Line] = []
     for hit in hits:
         found = examples.get((hit.source_id, hit.feature.index))

@@ -91,7 +91,8 @@ def test_contexts_without_an_activation_say_why_they_are_shown(client: TestClien
     assert "harbour" in text(client, f"{PATH}/context/1")
 
 
-def test_causal_effects_stand_below_their_example(client: TestClient) -> None:
+def test_causal_effects_stand_below_their_example_and_say_what_they_are(client: TestClient) -> None:
+    assert "percentage points" not in text(client, PATH)
     effect = Effect(0, 2, 0.25, 0.125, ((9, 0.5),), ((10, -0.25),))
     change(client, effects=(effect,))
     assert "next" not in text(client, f"{PATH}?width=5").partition('class="effect"')[2].partition("</p>")[0]
@@ -100,6 +101,7 @@ def test_causal_effects_stand_below_their_example(client: TestClient) -> None:
     assert "next 8 tokens: loss −0.062 KL 0.031" in page
     assert "loss +0.250 nats" in page
     assert "votes for <code" in page
+    assert "changes of a token's probability in percentage points" in page
     assert "+50.0" in page
     assert "−25.0" in page
     assert "&lt;script&gt;alert(1)" in page

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from sqlalchemy import Engine, delete, select, update
@@ -162,6 +165,26 @@ def test_the_page_shows_top_examples_and_says_that_meaning_is_missing(client: Te
     answer = client.post("/search/embed", headers={"Sec-Fetch-Site": "same-origin"}, follow_redirects=False)
     assert answer.headers["location"].startswith("/jobs/")
     assert "job 1 computes it" in client.get("/search?q=harbous").text
+
+
+def test_a_page_asked_while_labels_are_read_asks_again_until_they_are(
+    client: TestClient, filled: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, load = threading.Event(), labelindex.load
+
+    def later(session: Session) -> Index:
+        go.wait(60)
+        return load(session)
+
+    monkeypatch.setattr(labelindex, "load", later)
+    page = client.get("/search?q=harbous&scope=tiny").text
+    assert 'hx-get="/search?q=harbous&amp;scope=tiny" hx-trigger="load' in page
+    assert "follow once the labels are read" in page
+    go.set()
+    deadline = time.monotonic() + 60
+    while "goes on by itself" in page and time.monotonic() < deadline:
+        page = client.get("/search?q=harbous&scope=tiny").text
+    assert "harbours and ships" in page
 
 
 def test_without_the_embedding_model_words_are_still_found_and_the_page_says_so(

@@ -87,7 +87,8 @@ def test_a_token_shows_its_features_with_their_part_in_the_logit(live: Live, act
     table = text[text.index("Features active on this token") : text.index("Features of the text, sorted")]
     order = [i for i in np.argsort(-acts[3]).tolist() if acts[3, i] > 0]
     assert [int(index) for index in re.findall(r"<code>(\d+)</code>", table)] == order
-    assert len(re.findall(r'<td class="n">[+-]\d+\.\d{3}</td>', table)) == len(order)
+    assert "adds to the logit of the likeliest next token" in table
+    assert len(re.findall(r'<td class="n" data-th="logit">[+-]\d+\.\d{3}</td>', table)) == len(order)
 
 
 @pytest.mark.parametrize("by", ["total", "l0", "error"])

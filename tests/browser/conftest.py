@@ -7,6 +7,7 @@ SAE_ATLAS_TEST_URL names a server that runs already, for work on the pages.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 
 from app.settings import Settings
 
@@ -71,7 +72,11 @@ def pages(demo: Demo) -> dict[str, str]:
         "embed": f"{source}/24/embed",
         "embedded": f"{source}/24?embed=true",
         "palette": f"{source}/24?width=5",
-        "prompt": f"{model}/prompt?text=The+harbour+was+quiet.&sae={demo.source}&at=2",
+        "prompt": f"{model}/prompt?{ASKED}&sae={demo.source}&at=11",
+        "prompt-grid": f"{model}/prompt?{ASKED}&sae={demo.source}&view=grid",
+        "prompt-next": f"{model}/prompt?{ASKED}&sae={demo.source}&view=next&at=11",
+        "prompt-faithful": f"{model}/prompt?{ASKED}&sae={demo.source}&view=faithful",
+        "bulk": f"{model}/bulk",
         "steer": f"{model}/steer?source={demo.source}&index=24",
         "search": "/search?q=fires",
         "explanations": f"{source}/24/explanations",
@@ -84,6 +89,7 @@ def pages(demo: Demo) -> dict[str, str]:
         "remotes": "/remotes",
         "trash": "/trash",
         "jobs": "/jobs",
+        "job": f"/jobs/{newest_job(demo)}",
         "compare-jobs": "/jobs/compare",
         "admin": "/admin",
         "train": f"/train?model={demo.model}&corpus=demo",
@@ -98,6 +104,14 @@ def pages(demo: Demo) -> dict[str, str]:
         "docs": "/docs",
         "not-found": f"{source}/999999",
     }
+
+
+ASKED = "text=The+harbour+was+quiet+and+she+was+dead+and+buried."
+
+
+def newest_job(demo: Demo) -> int:
+    """The demo's job that computes the meaning of labels, or what was queued on a kept demo since."""
+    return max(int(number) for number in re.findall(r'href="/jobs/(\d+)"', httpx.get(f"{demo.url}/jobs").text))
 
 
 @pytest.fixture(scope="package")
@@ -160,12 +174,19 @@ def shoot(context: BrowserContext, path: str, name: str) -> None:
     if name.startswith("palette"):
         opened.keyboard.press("Control+k")
         opened.locator("#palette-options").wait_for()
+    if name.startswith("steer"):
+        opened.get_by_role("button", name="Generate").click()
+        expect(opened.locator("[data-status]")).to_contain_text("tokens in", timeout=60_000)
+        expect(opened.get_by_role("button", name="Stop")).to_be_hidden(timeout=60_000)
+    # A page that asks again until the model is loaded is busy all the while.
+    expect(opened.locator(".loading:visible, .htmx-request:visible")).to_have_count(0, timeout=120_000)
+    opened.wait_for_load_state("networkidle")
     opened.screenshot(path=SCREENSHOTS / f"{name}.png")
     if PICTURES:
         Path(PICTURES).mkdir(parents=True, exist_ok=True)
         with Image.open(SCREENSHOTS / f"{name}.png") as picture:
             smaller = picture.convert("RGB").resize((round(picture.width * 0.8), round(picture.height * 0.8)))
-            smaller.save(Path(PICTURES) / f"{name}.webp", quality=50, method=6)
+            smaller.save(Path(PICTURES) / f"{name}.webp", quality=40, method=6)
     width = opened.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     opened.close()
     assert width[0] <= width[1], f"{name} is {width[0]} px wide in a window of {width[1]}"

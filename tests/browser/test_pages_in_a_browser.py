@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -10,6 +11,7 @@ from playwright.sync_api import Browser, Page, Route, expect
 
 from tests.browser.conftest import Demo, pages, shoot
 
+KEPT = Path(__file__).resolve().parents[2] / "docs" / "screenshots"
 PROMPT = "The harbour was quiet that morning. She counted 12 boats."
 
 
@@ -243,8 +245,18 @@ def test_every_page_fits_its_window_and_is_pictured(
     browser: Browser, demo_server: Demo, kind: str, width: int, scheme: str
 ) -> None:
     context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, base_url=demo_server.url
-    )  # type: ignore[arg-type]
+        viewport={"width": width, "height": 900},
+        color_scheme=scheme,  # pyright: ignore[reportArgumentType]
+        base_url=demo_server.url,
+    )
     for name, path in pages(demo_server).items():
         shoot(context, path, f"{name}-{kind}")
     context.close()
+
+
+def test_the_overview_of_pictures_shows_every_page_wide_on_a_phone_and_dark(demo_server: Demo) -> None:
+    wanted = {f"{name}-{kind}.webp" for name in pages(demo_server) for kind in ("wide", "phone", "dark")}
+    shown = re.findall(r"\]\((\S+\.webp)\)", (KEPT / "README.md").read_text())
+    assert set(shown) == wanted
+    assert {path.name for path in KEPT.glob("*.webp")} == wanted
+    assert sum(path.stat().st_size for path in KEPT.glob("*.webp")) < 4_000_000
