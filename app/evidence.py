@@ -410,9 +410,10 @@ def _grouped(
     """Cut the examples into the top ones and those of each interval."""
     ends = np.cumsum(columns["lengths"].astype(np.int64)).tolist()
     starts = [0, *ends][: len(ends)]
+    positions = columns["positions"]
     examples = [
-        Example(int(context), columns["positions"][start:end], values[start:end])
-        for context, start, end in zip(columns["contexts"], starts, ends, strict=True)
+        Example(context, positions[start:end], values[start:end])
+        for context, start, end in zip(columns["contexts"].tolist(), starts, ends, strict=True)
     ]
     sizes = [n_top, *columns["interval_sizes"].tolist()]
     last = np.cumsum(sizes).tolist()

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from app import catalog, surroundings
 from app.catalog import Filter, NotInCatalog
 from app.settings import Settings
+from app.tables import Harvest, HarvestState
 from tests.conftest import D_SAE
 
 
@@ -102,6 +103,18 @@ def test_a_feature_with_its_neighbours_costs_two_queries(session: Session, engin
     assert [e.text for e in found.explanations] == ["harbours"]
     assert found.rows[4].label == "cold harbours in winter"
     assert found.rows[7].dead
+
+
+def test_a_record_tells_how_far_its_harvest_is_and_leaves_the_distributions(session: Session) -> None:
+    source = catalog.source_card(session, "tiny", "1-demo")
+    harvest = session.get_one(Harvest, source.harvest_id)
+    harvest.state = HarvestState.PARTIAL
+    harvest.summary = {"density_histogram": {"counts": [1, 2]}, "progress": {"done": 3, "total": 8}}
+    session.flush()
+    for evidence in (None, harvest.id):
+        card = catalog.feature_record(session, "tiny", "1-demo", 3, evidence).harvest
+        assert card is not None
+        assert (card.progress, card.derived_counts, list(card.summary)) == ((3, 8), False, ["progress"])
 
 
 def test_a_feature_without_evidence_is_there(session: Session) -> None:
