@@ -57,9 +57,12 @@ def main() -> None:
 
 
 def catalog_of(settings: Settings, scratch: Path) -> Settings:
-    """A catalog with the same models, SAEs and corpora, without any evidence."""
-    for name in ("models", "saes", "corpora"):
+    """A catalog with the same models, SAEs and corpora, without any evidence; SAEs that are added stay in it."""
+    for name in ("models", "corpora"):
         (scratch / name).symlink_to(settings.data_dir / name)
+    (scratch / "saes").mkdir()
+    for sae in (settings.data_dir / "saes").iterdir():
+        (scratch / "saes" / sae.name).symlink_to(sae)
     engine = db.connect(settings)
     with engine.connect() as connection:
         connection.execute(text("VACUUM INTO :path"), {"path": str(scratch / "atlas.sqlite")})

@@ -1,8 +1,9 @@
 """Harvest of the demo SAE against sae-dashboard 0.8.0 and the bare cost: same tokens, same features, one run, CPU.
 
-Each side is a process of its own: sae-dashboard in its own environment, made on first use in the cache directory. It
-takes 128 features at a time; what a batch of them costs is measured at two batches and two lengths of text, which
-gives its cost of all features and of a longer text. Ours computes all features at once, and is measured doing so.
+`dashboard_wide` does the same with 16,384 latents. Each side is a process of its own: sae-dashboard in its own
+environment, made on first use in the cache directory. It takes 128 features at a time; what a batch of them costs is
+measured at two batches and two lengths of text, which gives its cost of all features and of a longer text. Ours
+computes all features at once, and is measured doing so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import platformdirs
 
 from app.settings import Settings
+from app.tables import Source
 from tests.benchmarks import servers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,33 +37,42 @@ WHOLE = 1_200_000
 
 
 def main() -> dict[str, Any]:
-    threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="sae-atlas-bench-") as scratch:
-        given = Settings()
-        data_dir = given.data_dir if "data_dir" in given.model_fields_set else Path(scratch) / "data"
-        settings = Settings(data_dir=data_dir, device="cpu", log_level="WARNING")
-        source = servers.installed(settings)
-        own, other = Path(scratch) / "own", Path(scratch) / "other"
-        asked = {
-            "data_dir": str(data_dir),
-            "model_id": source.model_id,
-            "source": source.name,
-            "model": str(settings.model_dir(source.model_id)),
-            "sae": str(settings.sae_dir(source.sae_hash)),
-            "tokens": str(own / "tokens.npy"),
-            "hook": source.hook_name,
-            "layer": source.layer,
-            "threads": threads,
-            "n_contexts": N_CONTEXTS,
-            "n_features": N_BATCHES * BATCH,
-            "n_batches": N_BATCHES,
-            "ignore_tokens": [0, 2],  # <|endoftext|> and <|im_end|>
-        }
-        ours = _run([sys.executable, "-m", "tests.benchmarks._harvest"], own, asked, threads)
-        python = environment() / "bin" / "python"
-        theirs = _run([str(python), str(REPOSITORY / "tests/benchmarks/_sae_dashboard.py")], other, asked, threads)
-        sizes = [path.stat().st_size / BATCH for path in other.glob("batch-*.json")]
-        return {**_agreement(own, other), **_figures(source.d_sae, ours, theirs, sum(sizes) / len(sizes))}
+        settings = demo(Path(scratch))
+        return compared(settings, servers.installed(settings), Path(scratch))
+
+
+def demo(scratch: Path) -> Settings:
+    """The data directory of SAE_ATLAS_DATA_DIR, or a fresh one where that is not set."""
+    given = Settings()
+    data_dir = given.data_dir if "data_dir" in given.model_fields_set else scratch / "data"
+    return Settings(data_dir=data_dir, device="cpu", log_level="WARNING")
+
+
+def compared(settings: Settings, source: Source, scratch: Path) -> dict[str, Any]:
+    """Have both sides make evidence of a source and return their figures."""
+    threads = os.cpu_count() or 1
+    own, other = scratch / "own", scratch / "other"
+    asked = {
+        "data_dir": str(settings.data_dir),
+        "model_id": source.model_id,
+        "source": source.name,
+        "model": str(settings.model_dir(source.model_id)),
+        "sae": str(settings.sae_dir(source.sae_hash)),
+        "tokens": str(own / "tokens.npy"),
+        "hook": source.hook_name,
+        "layer": source.layer,
+        "threads": threads,
+        "n_contexts": N_CONTEXTS,
+        "n_features": N_BATCHES * BATCH,
+        "n_batches": N_BATCHES,
+        "ignore_tokens": [0, 2],  # <|endoftext|> and <|im_end|>
+    }
+    python = environment() / "bin" / "python"
+    ours = _run([sys.executable, "-m", "tests.benchmarks._harvest"], own, asked, threads)
+    theirs = _run([str(python), str(REPOSITORY / "tests/benchmarks/_sae_dashboard.py")], other, asked, threads)
+    sizes = [path.stat().st_size / BATCH for path in other.glob("batch-*.json")]
+    return {**_agreement(own, other), **_figures(source.d_sae, ours, theirs, sum(sizes) / len(sizes))}
 
 
 def environment() -> Path:
