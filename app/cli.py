@@ -605,6 +605,14 @@ def _say_outlook(found: Outlook) -> None:
         f"{present.size(takes.sae_bytes)} that stay. {present.size(found.free_bytes)} are free.",
         soft_wrap=True,
     )
+    after = f"Then {present.duration(takes.evaluation_seconds)} of evaluation"
+    if found.harvest:
+        after += (
+            f", and {present.duration(found.harvest.seconds)} for the dashboards, whose job takes "
+            f"{present.size(found.harvest.memory_bytes)} of memory, {present.size(found.harvest.working_disk_bytes)} "
+            f"of disk while it runs and {present.size(found.harvest.kept_disk_bytes)} that stay"
+        )
+    _out.print(f"{after}: about {present.duration(found.whole_seconds)} in all.", soft_wrap=True)
     _out.print(f"SAEs: {', '.join(sae.source for sae in spec.saes)}", soft_wrap=True)
     for note in found.notes:
         _out.print(escape(note), soft_wrap=True)

@@ -40,6 +40,17 @@ class BadField(BadInput):
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What of an SAE the cost of its harvest depends on; it need not be there yet."""
+
+    layer: int
+    d_in: int
+    d_sae: int
+    l0: float
+    """Latents active on a token."""
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a harvest will take. Bytes and seconds."""
 
@@ -114,20 +125,33 @@ def usual_context_size(sources: Sequence[SourceCard], most: int) -> int:
 def estimate(session: Session, settings: Settings, spec: HarvestSpec) -> Estimate:
     """Return what a harvest takes. Raises BadField for one that cannot be."""
     card, sources, corpus = check(session, settings, spec)
-    counted = {t.tokenizer_hash: t.n_tokens for t in corpora.tokens_of(settings, corpus)}
-    available = counted.get(card.tokenizer_hash, corpus.n_chars // _CHARS_PER_TOKEN)
+    known = {t.tokenizer_hash: t.n_tokens for t in corpora.tokens_of(settings, corpus)}.get(card.tokenizer_hash)
+    available = corpus.n_chars // _CHARS_PER_TOKEN if known is None else known
+    return foreseen(session, settings, spec, card, [_shape(source) for source in sources], available, known is not None)
+
+
+def foreseen(
+    session: Session,
+    settings: Settings,
+    spec: HarvestSpec,
+    card: ModelCard,
+    shapes: Sequence[Shape],
+    available: int,
+    counted: bool,
+) -> Estimate:
+    """Return what a harvest of SAEs of these shapes takes, of a corpus of so many tokens; as Estimate names them."""
     n_tokens = min(spec.n_tokens, available)
-    reading, rest, effects = _nominal_seconds(card, sources, spec, n_tokens)
+    reading, rest, effects = _nominal_seconds(card, shapes, spec, n_tokens)
     scales = _scales(session)
     scale = statistics.median(scales) if scales else 1.0
-    spilled = sum(int(n_tokens * _l0(source)) * _BYTES_PER_ACTIVATION for source in sources)
-    stored = sum(source.d_sae for source in sources) * _BYTES_PER_FEATURE
-    tokenised = 0 if card.tokenizer_hash in counted else available * (2 if card.d_vocab <= 65536 else 4)
-    weights = 4 * card.n_params + sum(8 * source.d_in * source.d_sae for source in sources)
+    spilled = sum(int(n_tokens * shape.l0) * _BYTES_PER_ACTIVATION for shape in shapes)
+    stored = sum(shape.d_sae for shape in shapes) * _BYTES_PER_FEATURE
+    tokenised = 0 if counted else available * (2 if card.d_vocab <= 65536 else 4)
+    weights = 4 * card.n_params + sum(8 * shape.d_in * shape.d_sae for shape in shapes)
     return Estimate(
         n_tokens=n_tokens,
         available=available,
-        counted=card.tokenizer_hash in counted,
+        counted=counted,
         seconds=scale * (reading + rest + effects),
         reading_seconds=scale * reading,
         effects_seconds=scale * effects,
@@ -152,15 +176,24 @@ def _usable(session: Session, settings: Settings, model_id: str, name: str) -> S
     return source
 
 
+def _shape(source: SourceCard) -> Shape:
+    return Shape(source.layer, source.d_in, source.d_sae, _l0(source))
+
+
+def usual_l0(d_sae: int) -> float:
+    """What an SAE has whose l0 nobody knows yet."""
+    return min(_USUAL_L0, d_sae)
+
+
 def _l0(source: SourceCard) -> float:
     for found in (source.metrics.get("l0"), source.config.get("k")):
         if isinstance(found, int | float) and 0 < found <= source.d_sae:
             return float(found)
-    return min(_USUAL_L0, source.d_sae)
+    return usual_l0(source.d_sae)
 
 
 def _nominal_seconds(
-    card: ModelCard, sources: Sequence[SourceCard], spec: HarvestSpec, n_tokens: int
+    card: ModelCard, sources: Sequence[Shape], spec: HarvestSpec, n_tokens: int
 ) -> tuple[float, float, float]:
     """Seconds of reading, assembling and effects on the assumed machine."""
     blocks = max(card.n_params - card.d_vocab * card.d_model, 0) / max(card.n_layers, 1)
@@ -186,7 +219,7 @@ def _scales(session: Session) -> list[float]:
         try:
             spec = HarvestSpec(**job.spec)
             card = catalog.model_entry(session, spec.model).card
-            sources = [catalog.source_card(session, spec.model, name) for name in spec.sources]
+            sources = [_shape(catalog.source_card(session, spec.model, name)) for name in spec.sources]
         except (AtlasError, ValueError):
             continue  # of a model or an SAE that is gone, or asked for by another version
         nominal = sum(_nominal_seconds(card, sources, spec, int(job.result.get("n_tokens") or spec.n_tokens)))

@@ -6,6 +6,8 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MIN_HARVEST_TOKENS = 1_000
+
 
 class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -22,7 +24,7 @@ class HarvestSpec(Spec):
     )
     corpus: str = Field(description="Corpus in the catalog.")
     n_tokens: int = Field(
-        1_000_000, ge=1_000, description="Tokens to read, from the corpus' start; first positions extra."
+        1_000_000, ge=MIN_HARVEST_TOKENS, description="Tokens to read, from the corpus' start; first positions extra."
     )
     context_size: int = Field(128, ge=8, le=4096, description="Tokens the model sees at once.")
     n_top: int = Field(20, ge=1, le=100, description="Top activating examples kept for a feature, one per context.")

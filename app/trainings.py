@@ -18,12 +18,13 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import catalog, corpora, jobs, present, trainplan, visibility
+from app import catalog, corpora, harvestplan, jobs, present, trainplan, visibility
 from app.catalog import ModelEntry
 from app.errors import AtlasError, BadInput
+from app.harvestplan import Shape
 from app.protocol import ModelCard
 from app.settings import Settings
-from app.specs import CorpusSpec
+from app.specs import CorpusSpec, HarvestSpec
 from app.tables import Corpus, Job, JobState, Source
 from app.trainplan import Estimate, Speed
 from app.trainspecs import SaeSpec, TrainSpec
@@ -81,7 +82,15 @@ class Outlook:
     free_bytes: int
     memory_limit: int
     """Of this machine, in bytes; 0 where the trainer computes on a GPU or elsewhere."""
+    harvest: harvestplan.Estimate | None
+    """Of the dashboards, whose job follows; None where none was asked for."""
     notes: tuple[str, ...]
+
+    @property
+    def whole_seconds(self) -> float:
+        """Of everything until the dashboards are there."""
+        after = self.harvest.seconds if self.harvest else 0.0
+        return self.estimate.seconds + self.estimate.evaluation_seconds + after
 
 
 def read(fields: Mapping[str, Any]) -> TrainSpec:
@@ -106,8 +115,49 @@ def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
     faults = [*_too_little(spec, n_train), *_too_much(takes, free - text.n_bytes, memory)]
     if faults:
         raise BadSpec(faults)
-    notes = (*text.notes, *_notes(session, settings, spec, entry, n_train))
-    return Outlook(spec, takes, speed, available, counted, free, memory, notes)
+    harvest = _harvest(session, settings, spec, card, text)
+    notes = (*text.notes, *_notes(session, settings, spec, entry, n_train), *_after(takes, harvest, free, memory))
+    return Outlook(spec, takes, speed, available, counted, free, memory, harvest, notes)
+
+
+def harvest_of(spec: TrainSpec) -> HarvestSpec | None:
+    """Return the harvest that a training queues at its end; None for none."""
+    if not spec.harvest_tokens:
+        return None
+    asked = {"model": spec.model, "corpus": spec.corpus, "sources": tuple(sae.source for sae in spec.saes)}
+    sizes = {"n_tokens": spec.harvest_tokens, "context_size": spec.context_size}
+    return HarvestSpec.model_validate({**asked, **sizes})
+
+
+def _harvest(
+    session: Session, settings: Settings, spec: TrainSpec, card: ModelCard, text: _Text
+) -> harvestplan.Estimate | None:
+    asked = harvest_of(spec)
+    if asked is None:
+        return None
+    shapes = [
+        Shape(sae.layer, trainplan.hook_width(sae.hooks[0], card), sae.d_sae, sae.k or harvestplan.usual_l0(sae.d_sae))
+        for sae in spec.saes
+    ]
+    # By then the training has tokenised the corpus.
+    return harvestplan.foreseen(session, settings, asked, card, shapes, text.n_tokens, counted=True)
+
+
+def _after(takes: Estimate, harvest: harvestplan.Estimate | None, free: int, memory: int) -> Iterator[str]:
+    """What may stop the harvest, once the training's own files are gone."""
+    if harvest is None:
+        return
+    disk = harvest.working_disk_bytes + harvest.kept_disk_bytes + takes.sae_bytes
+    if disk > free:
+        yield (
+            f"The dashboards would take {present.size(disk)} of disk; {present.size(free)} are free: lower "
+            "harvest_tokens, or make room meanwhile."
+        )
+    if memory and harvest.memory_bytes > memory:
+        yield (
+            f"The dashboards would take {present.size(harvest.memory_bytes)} of memory; this machine has "
+            f"{present.size(memory)}: set harvest_tokens to 0 and harvest fewer SAEs at a time."
+        )
 
 
 def queue(session: Session, settings: Settings, spec: TrainSpec) -> Job:

@@ -158,6 +158,17 @@ class Estimate:
     forward_flops: float
     step_flops: float
     seconds: float
+    """Of the model's runs and the SAEs' steps."""
+    looks: int
+    """At held-out text, while it trains."""
+    evaluation_seconds: float
+    """Of those looks and of the evaluation at the end."""
+
+
+LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS = 32, 8
+"""Contexts that a look at held-out text reads, and those on which it tells the loss with the SAE spliced in."""
+EVALUATION_CONTEXTS = 800
+"""Contexts that the evaluation at the end reads, where there are as many; more where n_eval_tokens asks for it."""
 
 
 def estimate(
@@ -169,6 +180,8 @@ def estimate(
     """
     speed = speed or Speed()
     wanted = -(-spec.n_tokens // tokens_per_context(spec))
+    share = spec.held_out / (1 - spec.held_out)
+    n_held_out = max(1, round((wanted if n_contexts is None else n_contexts) * share))
     n_contexts = wanted if n_contexts is None else min(wanted, n_contexts)
     cached = is_cached(spec, card, cache_bytes, n_contexts)
     tokens = n_contexts * tokens_per_context(spec)
@@ -189,7 +202,35 @@ def estimate(
         forward_flops=forward,
         step_flops=steps,
         seconds=forward / speed.forward + steps / speed.step,
+        looks=_n_looks(spec, n_steps),
+        evaluation_seconds=evaluation_flops(spec, card, n_steps, n_held_out) / speed.forward,
     )
+
+
+def _n_looks(spec: TrainSpec, n_steps: int) -> int:
+    return -(-n_steps // spec.evaluate_every_steps)
+
+
+def n_loss_contexts(spec: TrainSpec) -> int:
+    """Contexts on which the evaluation at the end tells the loss with the SAE spliced in."""
+    return -(-spec.n_eval_tokens // spec.context_size)
+
+
+def evaluation_flops(spec: TrainSpec, card: ModelCard, n_steps: int, n_held_out: int) -> float:
+    """Of all looks and of the evaluation at the end, which runs the model apart for each SAE."""
+    to_hook = forward_flops(spec, card)
+    whole = card.n_layers * _block_flops(spec, card) + 2.0 * card.d_model * card.d_vocab
+    coding = [4.0 * hook_width(sae.hooks[0], card) * sae.d_sae for sae in spec.saes]
+    n_saes = len(spec.saes)
+
+    def contexts(n_read: int, n_spliced: int, n_reads: int) -> float:
+        # Clean, with the SAE and with zeros in its place.
+        n_read, n_spliced = min(n_read, n_held_out), min(n_spliced, n_held_out)
+        return n_read * (n_reads * to_hook + sum(coding)) + n_spliced * n_saes * 3 * whole
+
+    looks = _n_looks(spec, n_steps) * contexts(LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS, 1)
+    n_spliced = n_loss_contexts(spec)
+    return spec.context_size * (looks + contexts(max(n_spliced, EVALUATION_CONTEXTS), n_spliced, n_saes))
 
 
 def _n_steps(spec: TrainSpec, cached: bool, tokens: int) -> int:
@@ -202,8 +243,12 @@ def _n_steps(spec: TrainSpec, cached: bool, tokens: int) -> int:
 def forward_flops(spec: TrainSpec, card: ModelCard) -> float:
     """Of one token through the blocks up to the deepest hook."""
     depth = 1 + max(int(hook.split(".")[1]) for hook in spec.hooks)
+    return min(depth, card.n_layers) * _block_flops(spec, card)
+
+
+def _block_flops(spec: TrainSpec, card: ModelCard) -> float:
     blocks = max(card.n_params - card.d_vocab * card.d_model, 0) / max(card.n_layers, 1)
-    return min(depth, card.n_layers) * (2 * blocks + 4 * spec.context_size * card.n_heads * card.d_head)
+    return 2 * blocks + 4 * spec.context_size * card.n_heads * card.d_head
 
 
 def step_flops(sae: SaeSpec, card: ModelCard) -> float:

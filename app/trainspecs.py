@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from app.specs import Spec
+from app.specs import MIN_HARVEST_TOKENS, Spec
 
 HOOK_PATTERN = (
     r"^blocks\.\d{1,4}\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_in|hook_mlp_out"
@@ -474,6 +474,11 @@ class TrainSpec(Spec):
             raise ValueError(
                 f"batch_size is {self.batch_size}, too small to be shared by {self.processes} processes; "
                 f"it must be at least {8 * self.processes}"
+            )
+        if 0 < self.harvest_tokens < MIN_HARVEST_TOKENS:
+            raise ValueError(
+                f"harvest_tokens is {self.harvest_tokens}; a harvest reads at least {MIN_HARVEST_TOKENS:,} tokens, "
+                "and 0 makes none"
             )
         if self.buffer_tokens < 8 * self.batch_size and self.cache == "buffer":
             raise ValueError(

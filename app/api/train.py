@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from app import catalog, trainforms, trainings, yamlspec
+from app import catalog, harvestplan, trainforms, trainings, yamlspec
 from app.api.queue import JobView, now_of
 from app.errors import BadInput, TooLarge
 from app.settings import Settings
@@ -54,6 +54,17 @@ _BODY: dict[str, Any] = {
 }
 
 
+class HarvestView(BaseModel):
+    """What the harvest that follows a training will take. Bytes and seconds."""
+
+    tokens: int
+    seconds: float
+    measured: bool = Field(description="By earlier harvests here; else for two CPU cores.")
+    memoryBytes: int
+    workingDiskBytes: int
+    keptDiskBytes: int
+
+
 class EstimateView(BaseModel):
     """What a training will take. Bytes and seconds."""
 
@@ -71,6 +82,11 @@ class EstimateView(BaseModel):
     diskBytes: int
     freeDiskBytes: int
     saeBytes: int
+    evaluationSeconds: float = Field(
+        description="Looks at held-out text while it trains, and the evaluation at the end."
+    )
+    harvest: HarvestView | None = Field(description="The job that makes the dashboards afterwards; null without one.")
+    wholeSeconds: float = Field(description="Of training, evaluation and harvest together.")
     notes: list[str]
     yaml: str
 
@@ -181,6 +197,22 @@ def _view(session: Session, settings: Settings, fields: dict[str, Any]) -> Estim
         diskBytes=takes.disk_bytes,
         freeDiskBytes=found.free_bytes,
         saeBytes=takes.sae_bytes,
+        evaluationSeconds=takes.evaluation_seconds,
+        harvest=_harvest_view(found.harvest),
+        wholeSeconds=found.whole_seconds,
         notes=list(found.notes),
         yaml=yamlspec.dump(trainforms.short(spec)),
+    )
+
+
+def _harvest_view(takes: harvestplan.Estimate | None) -> HarvestView | None:
+    if takes is None:
+        return None
+    return HarvestView(
+        tokens=takes.n_tokens,
+        seconds=takes.seconds,
+        measured=takes.measured > 0,
+        memoryBytes=takes.memory_bytes,
+        workingDiskBytes=takes.working_disk_bytes,
+        keptDiskBytes=takes.kept_disk_bytes,
     )

@@ -22,6 +22,7 @@ from app.settings import Settings
 from app.tables import Corpus, Job, JobState, Model, Source
 from app.trainspecs import TrainSpec
 from tests import conftest
+from tests.app.test_train_pages import FORM
 
 SPEC: dict[str, Any] = {
     "model": "tiny",
@@ -76,6 +77,35 @@ def test_the_estimate_queues_nothing_and_says_what_it_takes(client: TestClient, 
         "No trainer is running: the job waits until `sae-atlas serve` starts one.",
     ]
     assert n_jobs(catalog_session) == 0
+
+
+def test_the_estimate_tells_evaluation_and_dashboards_apart(client: TestClient, settings: Settings) -> None:
+    told = client.post("/api/train/estimate", json=SPEC | {"k": [2, 4], "harvest_tokens": 1000}).json()
+    after = told["harvest"]
+    assert (after["tokens"], after["measured"]) == (37, False)
+    # 32 + 32 latents of 1,500 bytes; 2 and 4 of them on each of 37 tokens, 8 bytes each.
+    assert (after["keptDiskBytes"], after["workingDiskBytes"]) == (64 * 1_500, 37 * 6 * 8)
+    assert told["evaluationSeconds"] > 0 < after["seconds"]
+    assert told["wholeSeconds"] == pytest.approx(told["seconds"] + told["evaluationSeconds"] + after["seconds"])
+    none = client.post("/api/train/estimate", json=SPEC | {"harvest_tokens": 0}).json()
+    assert none["harvest"] is None
+    assert none["wholeSeconds"] == pytest.approx(none["seconds"] + none["evaluationSeconds"])
+    page = client.get("/train/outlook", params={**FORM, "k": "2,4", "harvest_tokens": "1000"}).text
+    assert "of evaluation" in page
+    assert "for the dashboards" in page
+
+
+def test_dashboards_that_would_not_fit_are_told_and_stop_no_training(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    told = client.post("/api/train/estimate", json=SPEC).json()
+    room = told["diskBytes"] + told["saeBytes"]
+    needs = told["harvest"]["workingDiskBytes"] + told["harvest"]["keptDiskBytes"] + told["saeBytes"]
+    assert needs > room
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(room, 0, room))
+    notes = client.post("/api/train/estimate", json=SPEC).json()["notes"]
+    assert any(note.startswith("The dashboards would take") and "harvest_tokens" in note for note in notes)
 
 
 def test_a_finished_training_s_speed_is_the_next_one_s(client: TestClient, catalog_session: Session) -> None:

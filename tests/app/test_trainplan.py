@@ -74,6 +74,20 @@ def test_the_model_runs_once_for_all_and_each_sae_adds_its_steps() -> None:
     assert layers.forward_flops == one.forward_flops
 
 
+def test_evaluation_is_estimated_for_each_sae_and_look() -> None:
+    speed = Speed(forward=1.0, step=1.0)
+    asked = {"n_eval_tokens": 1_600, "evaluate_every_steps": 1_000, "held_out": 0.25}
+    one, two = (estimate(spec(**asked, seed=seeds), CARD, 10**9, speed) for seeds in ([0], [0, 1]))
+    assert one.looks == 1
+    blocks = 2 * (40_000 - 2400) / 4 + 4 * 16 * 21
+    whole, coding = 4 * blocks + 2 * 24 * 100, 4 * 24 * 64
+    looks, end = 32 * (2 * blocks + coding) + 8 * 3 * whole, 200 * (2 * blocks + coding) + 100 * 3 * whole
+    assert one.evaluation_seconds == pytest.approx(16 * (looks + end))
+    assert two.evaluation_seconds == pytest.approx(16 * (2 * (looks + end) - 32 * 2 * blocks))
+    often = estimate(spec(**asked | {"evaluate_every_steps": 10}), CARD, 10**9, speed)
+    assert often.evaluation_seconds == pytest.approx(16 * (often.looks * looks + end))
+
+
 def test_a_finished_job_s_speed_replaces_the_guess() -> None:
     assert measured_speed([{"url": "/x"}, {"speed": {"forward": 2.0, "step": 3.0}}]) == Speed(2.0, 3.0, True)
     assert not measured_speed([{"speed": {"forward": 0, "step": 1}}, {"speed": "fast"}]).measured

@@ -131,6 +131,12 @@ def test_what_makes_no_sense_is_refused_in_words(fields: dict[str, Any], words: 
     assert re.search(words, refusal(**fields)), refusal(**fields)
 
 
+def test_a_harvest_too_small_to_be_is_refused_before_the_training() -> None:
+    with pytest.raises(ValidationError, match="harvest_tokens is 500; a harvest reads at least 1,000"):
+        spec(harvest_tokens=500)
+    assert spec(harvest_tokens=0).harvest_tokens == 0
+
+
 def test_ghost_grads_is_understood_and_explained() -> None:
     asked = spec(architecture="standard", dead_latents="ghost_grads")
     assert asked.saes[0].treatment == "resample"

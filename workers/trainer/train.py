@@ -31,9 +31,8 @@ import numpy as np
 import torch
 from sqlalchemy.orm import Session
 
-from app import corpora, curves, harvests, jobs, trainplan, visibility, weights
+from app import corpora, curves, harvests, jobs, trainings, trainplan, visibility, weights
 from app.errors import BadInput, TooLarge
-from app.specs import HarvestSpec
 from app.tables import Source
 from app.trainplan import Plan, Window
 from app.trainspecs import SaeSpec, TrainSpec
@@ -465,8 +464,8 @@ def _evaluate(run: Run, sae: SaeSpec) -> None:
     directory = run.context.directory / "sae" / sae.source
     _write_sae(run, sae, folded.tensors, folded.config, directory)
     coder = checkpoints.load_sae(directory, str(model.device))
-    n_loss_contexts = -(-spec.n_eval_tokens // spec.context_size)
-    rows = run.held_out[: max(n_loss_contexts, 800)]
+    n_loss_contexts = trainplan.n_loss_contexts(spec)
+    rows = run.held_out[: max(n_loss_contexts, trainplan.EVALUATION_CONTEXTS)]
     metrics = evaluate(
         model,
         coder,
@@ -553,16 +552,10 @@ def _software() -> dict[str, str]:
 def _queue_harvest(session: Session, run: Run) -> None:
     """Queue one harvest of all trained SAEs, unless an interrupted `finish` has done so already."""
     spec, context = run.spec, run.context
-    if not spec.harvest_tokens:
+    wanted = trainings.harvest_of(spec)
+    if wanted is None:
         return
-    sources = tuple(sae.source for sae in spec.saes)
-    asked = HarvestSpec(
-        model=spec.model,
-        sources=sources,
-        corpus=spec.corpus,
-        n_tokens=spec.harvest_tokens,
-        context_size=spec.context_size,
-    ).model_dump(mode="json")
+    sources, asked = wanted.sources, wanted.model_dump(mode="json")
     later = (job for job in jobs.recent(session) if job.id > context.job_id and job.kind == "harvest")
     if not any(job.spec == asked for job in later):
         title = f"Harvest {spec.model}/{sources[0]}" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")

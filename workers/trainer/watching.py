@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from app.curves import Example, FeatureNow, Histogram, Snapshot, read_snapshot, snapshot_steps, write_snapshot
+from app.trainplan import LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS
 from workers.activations import Norms, Text, read_contexts
 from workers.sae.coders import CODERS, Coder
 from workers.sae.stats import ReconstructionStats
 from workers.sae.training import Folded
 from workers.trainer.evaluate import ce_loss_score
 
-N_CONTEXTS = 32
-N_LOSS_CONTEXTS = 8
 N_FEATURES = 8
 N_EXAMPLES = 3
 AROUND = 10
@@ -49,7 +48,7 @@ class Probe:
 
 
 def make_probe(text: Text, held_out: npt.NDArray[np.int64], norms: Mapping[str, Norms]) -> Probe:
-    rows, bos = held_out[:N_CONTEXTS], text.model.card.bos_token_id
+    rows, bos = held_out[:LOOK_CONTEXTS], text.model.card.bos_token_id
     parts: dict[str, list[Tensor]] = {hook: [] for hook in norms}
     for _, acts in read_contexts(text.model, text.stream, rows, text.context_size, list(norms), bos):
         for hook in norms:
@@ -107,7 +106,7 @@ def look(probe: Probe, coder: Coder, limit: float, place: Place) -> dict[str, fl
     )
     write_snapshot(place.job_dir, place.source, snapshot)
     found = stats.metrics()
-    score = ce_loss_score(probe.text, coder, probe.rows[:N_LOSS_CONTEXTS], limit)
+    score = ce_loss_score(probe.text, coder, probe.rows[:LOOK_LOSS_CONTEXTS], limit)
     metrics = {"ce_loss_score": score, "held_out_l0": found["l0"]}
     return metrics | {"held_out_explained_variance": found["explained_variance"]}
 
