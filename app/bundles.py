@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import numpy as np
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy import select
+from sqlalchemy import false, or_, select
 from sqlalchemy.orm import Session
 
 from app import cards, embeddings, evidence, explanations, harvests, lists, maps, visibility, weights, wording
@@ -372,8 +372,12 @@ def _list_lines(session: Session, source: Source) -> Iterator[bytes]:
     held = select(ListedFeature.list_id).where(
         ListedFeature.model_id == source.model_id, ListedFeature.source == source.name
     )
-    shared = (Visibility.TEAM, Visibility.LINK)
-    wanted = select(FeatureList).where(FeatureList.id.in_(held), FeatureList.visibility.in_(shared))
+    shared = FeatureList.visibility.in_((Visibility.TEAM, Visibility.LINK))
+    if (who := visibility.reader(session)) is not None:
+        # The id of a list is its link, which is its owner's to hand on.
+        own = (FeatureList.visibility == Visibility.LINK) & (FeatureList.owner == who.name)
+        shared = or_(FeatureList.visibility == Visibility.TEAM, own) if who.name else false()
+    wanted = select(FeatureList).where(FeatureList.id.in_(held), shared)
     for found in session.scalars(wanted.order_by(FeatureList.id).limit(MAX_LISTS)).all():
         keys = lists.keys(lists.items(session, found))
         entry = ListEntry(

@@ -61,13 +61,37 @@ def submit(
     return job
 
 
-def _about_private(session: Session, spec: Mapping[str, Any]) -> bool:
-    """Tell whether a job names an SAE that only its owner sees: its title and results then are theirs too."""
+def hide_about(session: Session, source: Source) -> None:
+    """Make private what names an SAE that was made private, whoever asked for it: titles and results tell of it."""
+    place = f"{source.model_id}/{source.name}"
+    with visibility.unlimited(session):
+        seen = select(Job.id, Job.spec, Job.result).where(Job.visibility != Visibility.PRIVATE)
+        ids = [
+            number
+            for number, spec, result in session.execute(seen)
+            if (source.name in _named(spec) and _model(spec) == source.model_id)
+            or result.get("url") == f"/{place}"
+            or place in (result.get("sources") or ())
+        ]
+        session.execute(update(Job).where(Job.id.in_(ids)).values(visibility=Visibility.PRIVATE, link=""))
+
+
+def _named(spec: Mapping[str, Any]) -> list[str]:
+    """Return the names of SAEs in a spec."""
     named = [spec.get("source"), spec.get("other"), *(spec.get("sources") or ())]
     named += [f.get("source") or f.get("layer") for f in spec.get("features") or () if isinstance(f, Mapping)]
-    names = [name for name in named if isinstance(name, str)]
+    return [name for name in named if isinstance(name, str)]
+
+
+def _model(spec: Mapping[str, Any]) -> str:
     model = spec.get("model") or spec.get("modelId")
-    if not names or not isinstance(model, str):
+    return model if isinstance(model, str) else ""
+
+
+def _about_private(session: Session, spec: Mapping[str, Any]) -> bool:
+    """Tell whether a job names an SAE that only its owner sees: its title and results then are theirs too."""
+    names, model = _named(spec), _model(spec)
+    if not names or not model:
         return False
     private = select(Source.id).where(Source.model_id == model, Source.name.in_(names))
     return session.scalar(private.where(Source.visibility == Visibility.PRIVATE).limit(1)) is not None

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from app import visibility
@@ -32,6 +32,21 @@ def save(session: Session, model_id: str, request: Mapping[str, Any], result: Ma
     session.add(run)
     session.flush()
     return run
+
+
+def hide_with(session: Session, source: Source) -> None:
+    """Make private the runs that an SAE steered which was made private."""
+    with visibility.unlimited(session):
+        seen = select(SteeringRun.id, SteeringRun.request).where(
+            SteeringRun.model_id == source.model_id, SteeringRun.visibility != Visibility.PRIVATE
+        )
+        ids = [
+            run
+            for run, request in session.execute(seen)
+            if any((f.get("layer") or f.get("source")) == source.name for f in request.get("features") or ())
+        ]
+        hidden = update(SteeringRun).where(SteeringRun.id.in_(ids))
+        session.execute(hidden.values(visibility=Visibility.PRIVATE, link=""))
 
 
 def _of_private(session: Session, model_id: str, request: Mapping[str, Any]) -> bool:

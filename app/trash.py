@@ -15,7 +15,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from app import corpora, harvests, lists, log, visibility
-from app.errors import AtlasError, Conflict, Forbidden, NotFound
+from app.errors import AtlasError, Conflict, NotFound
 from app.people import Actor, Role
 from app.settings import Settings
 from app.tables import Corpus, FeatureList, Source, SteeringRun, SteeringVector, Trash, now
@@ -96,12 +96,13 @@ def entries(session: Session, who: Actor) -> list[Entry]:
 
 
 def restore(session: Session, who: Actor, entry_id: int) -> Item:
-    """Give something back as it was. Raises NotFound, Forbidden, and Conflict where its name is taken by now."""
+    """Give something back as it was. Raises NotFound, and Conflict where its name is taken by now."""
     entry = session.get(Trash, entry_id) if 0 < entry_id < 2**31 else None
-    if entry is None:
-        raise NotFound(f"There is nothing {entry_id} in the trash; it was restored, or is gone for good.")
-    if who.name != entry.deleted_by and not visibility.may_change(who, entry.owner):
-        raise Forbidden(f"{entry.name} is {entry.owner}'s; they or an admin restore it.")
+    # What somebody may not restore is not named to them either: it may be private.
+    if entry is None or not (who.name == entry.deleted_by or visibility.may_change(who, entry.owner)):
+        raise NotFound(
+            f"There is nothing {entry_id} in your trash; it was restored, is gone for good, or is another's."
+        )
     with visibility.unlimited(session, trash=True):
         item = session.get_one(_TABLES[entry.kind], int(entry.key) if entry.key.isdigit() else entry.key)
         name = entry.details.get("name")

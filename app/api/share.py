@@ -14,6 +14,7 @@ from app.api.features import Json
 from app.errors import BadInput
 from app.people import Actor
 from app.visibility import Visibility
+from app.web import sharing
 from app.web.access import EDITOR, Who
 from app.web.pages import Db, base_of
 
@@ -56,5 +57,5 @@ def _owned(session: Session, who: Actor, body: Share) -> tuple[str, str, str]:
     found = visibility.find(session, body.kind, key)
     visibility.check_may_change(who, found.owner, "It")
     if body.visibility is not None:
-        visibility.share(who, found, body.visibility)
+        sharing.change(session, who, found, body.visibility)
     return found.owner, found.visibility, f"/shared/{found.link}"

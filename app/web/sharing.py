@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
+from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse, Response
 
-from app import visibility
+from app import jobs, steerings, visibility
 from app.people import Actor
+from app.tables import Source
 from app.visibility import Owned, Visibility
 from app.web.access import ANYONE, EDITOR, Who, actor_of, remember_link
 from app.web.pages import Config, Db, base_of
@@ -60,13 +62,21 @@ def sharing_of(request: Request, kind: str, found: Owned) -> Sharing | None:
     return sharing(request, kind, found.id, found.owner, found.visibility, found.link)
 
 
+def change(session: Session, who: Actor, found: Owned, seen_by: Visibility) -> None:
+    """Say who sees something; what was made of an SAE becomes private with it. Raises Forbidden."""
+    visibility.share(who, found, seen_by)
+    if isinstance(found, Source) and seen_by == Visibility.PRIVATE:
+        jobs.hide_about(session, found)
+        steerings.hide_with(session, found)
+
+
 @router.post("/share/{kind}/{key}", dependencies=[EDITOR])
 def share(
     kind: str, key: str, who: Who, session: Db, seen_by: Annotated[str, Form(alias="visibility", max_length=40)] = ""
 ) -> Response:
     """Say who sees something of one's own, and go back to it."""
     found = visibility.find(session, kind, key)
-    visibility.share(who, found, visibility.check(seen_by))
+    change(session, who, found, visibility.check(seen_by))
     path = visibility.path(found)
     session.commit()
     return RedirectResponse(f"{path}#sharing", 303)

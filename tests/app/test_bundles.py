@@ -11,14 +11,14 @@ import zstandard
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import bundles, cards, db, explanations, harvests, lists, maps, trash
+from app import bundles, cards, db, explanations, harvests, lists, maps, trash, visibility
 from app.errors import BadFile, Conflict
 from app.evidence import Effect, pack_effects, unpack_effects
 from app.lists import Key
-from app.people import LOCAL
+from app.people import LOCAL, Actor, Role
 from app.settings import Settings
 from app.tables import Evidence, Explanation, Feature, FeatureList, Source
-from app.visibility import Visibility
+from app.visibility import Reader, Visibility
 from tests.conftest import D_IN, D_SAE
 from tests.tiny import save_sae
 
@@ -59,9 +59,9 @@ def bundle(session: Session, settings: Settings, tmp_path: Path) -> Path:
     session.get_one(Feature, (source.id, 3)).label = "written by hand"
     one = session.scalars(select(Evidence).where(Evidence.harvest_id == source.harvest_id, Evidence.index == 3)).one()
     one.effects = pack_effects([EFFECT])
-    for visibility in (Visibility.TEAM, Visibility.PRIVATE):
+    for seen_by in (Visibility.TEAM, Visibility.PRIVATE):
         held = [Key("tiny", "1-demo", 3, "a note"), Key("tiny", "1-demo", 0)]
-        lists.new(session, LOCAL, f"for {visibility}", "about", "a text", visibility, held)
+        lists.new(session, LOCAL, f"for {seen_by}", "about", "a text", seen_by, held)
     cards.fill(session, source, "Finds *harbours*.", ["water", "ships"])
     places = np.arange(2 * D_SAE).reshape(D_SAE, 2) / (2 * D_SAE)
     maps.record(session, source, places, np.arange(D_SAE) % 2, [maps.Cluster("(", 0.5, 0.25, 2)] * 2, {"seed": 7})
@@ -201,3 +201,19 @@ def test_causal_effects_and_the_map_travel_in_a_bundle(bundle: Path, elsewhere: 
     assert found is not None
     assert found.coordinates[3].tolist() == pytest.approx([6 / (2 * D_SAE), 7 / (2 * D_SAE)])
     assert (found.cluster[3], found.clusters[1], found.about["seed"]) == (1, maps.Cluster("(", 0.5, 0.25, 2), 7)
+
+
+def test_a_bundle_takes_no_list_along_whose_address_its_reader_was_not_given(
+    bundle: Path, session: Session, settings: Settings, tmp_path: Path
+) -> None:
+    lists.new(session, Actor("ada", Role.EDITOR, 1), "by link", "", "", Visibility.LINK, [Key("tiny", "1-demo", 3)])
+    session.commit()
+    taken: dict[str, list[str]] = {}
+    readers = {"ada": Reader("ada"), "bob": Reader("bob"), "admin": None}
+    for name, reader in readers.items():
+        out = tmp_path / name
+        bundles.export_bundle(visibility.read_as(session, reader), settings, "tiny", "1-demo", out, quiet)
+        with zstandard.open(out / bundles.LISTS_FILE, "rt") as file:
+            lines = list(file)
+        taken[name] = sorted(json.loads(line)["name"] for line in lines)
+    assert taken == {"ada": ["by link", "for team"], "bob": ["for team"], "admin": ["by link", "for team"]}

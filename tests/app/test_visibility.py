@@ -253,6 +253,28 @@ def test_what_is_made_of_something_private_is_private(lab: Lab) -> None:
         assert session.get_one(SteeringVector, lab.ids["vector"]).owner == "ada"
 
 
+def test_what_was_made_of_an_sae_becomes_private_with_it(lab: Lab) -> None:
+    ada, bob = lab.as_("ada"), lab.as_("bob")
+    for kind in ("sae", "job", "run", "vector"):
+        lab.share("team", kind)
+    with lab.app.state.sessions.begin() as session:
+        made = Job(kind="train", title="Train zebra", spec={"model": "tiny"}, workflow_id="", owner="bob")
+        made.result = {"url": "/tiny/1-zebra"}
+        other = Job(kind="map", title="Map of another", spec={"model": "tiny", "source": "2-plain"}, workflow_id="")
+        other.result = {}
+        session.add_all([made, other])
+    assert bob.get("/jobs").text.count("zebra") > 1
+    assert bob.get(f"/tiny/steer/{lab.ids['run']}").status_code == 200
+    lab.share("private")
+    assert bob.get(f"/jobs/{lab.ids['job']}").status_code == 404
+    assert bob.get(f"/tiny/steer/{lab.ids['run']}").status_code == 404
+    with lab.app.state.sessions() as session:
+        seen = {job.title: job.visibility for job in session.scalars(select(Job))}
+    assert (seen["Train zebra"], seen["Map of another"]) == ("private", "team")
+    assert ada.get(f"/jobs/{lab.ids['job']}").status_code == 200
+    assert "Train zebra" in bob.get("/jobs").text, "it is his own"
+
+
 TRAINING = {
     **{"model": "tiny", "corpus": "made", "hook": "hook_resid_post", "layer": "1", "set_name": "okapi", "k": "4"},
     **{"d_sae": "32", "context_size": "16", "batch_size": "8", "n_tokens": "2,000"},
