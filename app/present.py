@@ -494,11 +494,13 @@ def _groups(evidence: FeatureEvidence, window: Callable[[Example], Window]) -> t
 def _of_band(evidence: FeatureEvidence, interval: Interval) -> list[Example]:
     """Return a band's examples. What the harvest kept leaves out the highest ones of the feature; they fill up."""
     kept = list(interval.examples)
+    if len(kept) >= PER_BAND:
+        return kept
     seen = {(example.context, example.peak) for example in kept}
     # The highest band is open above: a stored activation may be rounded beyond the bound.
     high = math.inf if interval.high >= evidence.max_act else interval.high
     more = [e for e in evidence.top if interval.low < e.max <= high and (e.context, e.peak) not in seen]
-    return kept + more[: max(0, PER_BAND - len(kept))]
+    return kept + more[: PER_BAND - len(kept)]
 
 
 def _activations_chart(evidence: FeatureEvidence) -> Chart | None:

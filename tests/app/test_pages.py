@@ -96,7 +96,10 @@ def test_dead_and_dense_features_say_what_it_means(client: TestClient) -> None:
 
 
 def test_a_feature_without_evidence_says_how_to_gather_it(client: TestClient) -> None:
-    assert "sae-atlas harvest tiny/2-plain" in text(client, "/tiny/2-plain/3")
+    page = text(client, "/tiny/2-plain/3")
+    assert "sae-atlas harvest tiny/2-plain" in page
+    assert 'href="/tiny/harvest?sources=2-plain">Gather it' in page
+    assert "/tiny/harvest" not in text(client, "/tiny/2-plain/3?embed=true")
 
 
 def test_widths_and_scales_are_addresses(client: TestClient) -> None:
