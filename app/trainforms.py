@@ -288,7 +288,7 @@ def presets(card: ModelCard) -> tuple[Preset, ...]:
             "MLP transcoder",
             "from what an MLP reads to what it writes",
             base
-            | {"architecture": "transcoder", "set_name": "tc", "d_sae": usual, "l1_coefficient": "5"}
+            | {"architecture": "transcoder", "set_name": "tc", "d_sae": usual, "l1_coefficient": "3"}
             | {"hook": "mlp.hook_in", "hook_out": "hook_mlp_out"},
         ),
     )

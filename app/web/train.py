@@ -94,7 +94,7 @@ _OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("", "as is usual for the architecture"),
         *((name, name) for name in ("aux_k", "resample", "pre_act", "none", "ghost_grads")),
     ],
-    "penalty": [("", "step"), ("tanh", "tanh")],
+    "penalty": [("", "tanh"), ("step", "step")],
     "visibility": [("team", WORDS[Visibility.TEAM]), ("private", WORDS[Visibility.PRIVATE])],
     "hook": list(trainforms.HOOKS.items()),
     "hook_out": [(kind, trainforms.HOOKS[kind]) for kind in trainforms.HOOKS_OUT],

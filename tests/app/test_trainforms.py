@@ -21,7 +21,7 @@ TRANSCODER = {
 SPECS: dict[str, dict[str, Any]] = {
     "one SAE": {},
     "other values": {"d_sae": 64, "k": 4, "lr": 3e-5, "seed": 7, "dead_latents": "none", "batch_size": 512},
-    "a default said": {"architecture": "standard", "lr": 5e-4, "l1_coefficient": 5},
+    "a default said": {"architecture": "standard", "lr": 1e-3, "l1_coefficient": 3},
     "a grid": {"k": [16, 32], "d_sae": [4096, 8192], "seed": [0, 1]},
     "a grid with the default": {"architecture": "jumprelu", "l0_coefficient": [0.5, 1, 2], "lr": [1e-3, 1e-4]},
     "a set that looks like a grid": {"set_name": "demo-k16", "k": 16},

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.settings import Settings
-from app.trainspecs import SaeSpec
+from app.trainspecs import Architecture, SaeSpec
 from tests.workers.test_train import context, settings
 from tests.workers.test_train_grid import COMMON, OWN, stored
 from workers.trainer import learning, train
@@ -166,3 +166,30 @@ def test_dead_latents_are_resampled_at_their_steps_and_not_in_the_last_third() -
         if float(learner.weights["b_enc"][5].detach()) == 0:
             revived.append(step + 1)
     assert revived == [10, 20]
+
+
+@pytest.mark.parametrize(
+    "architecture", [architecture for architecture in Architecture if not architecture.is_transcoder]
+)
+def test_with_its_defaults_every_architecture_is_sparse_after_a_few_hundred_steps(architecture: Architecture) -> None:
+    """256 latents for 200 directions, of which 6 are active, at frequencies that fall as those of features do."""
+    own = {"k": 6} if architecture.chooses_k else {}
+    learner = Learner.fresh(_spec(architecture=architecture, d_sae=256, **own), 128, torch.zeros(128))
+    told = None
+    for step in range(300):
+        x = _superposed(128, seed=step)
+        told = learner.learn(x, x, 300, torch.float32, measure=True)
+    assert told is not None
+    assert told["l0"] < 0.3 * 256
+    assert told["explained_variance"] > 0.4
+    assert told["dead_fraction"] == 0
+
+
+def _superposed(n_rows: int, seed: int) -> Tensor:
+    drawn, generator = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed + 1)
+    directions = torch.nn.functional.normalize(torch.randn(200, 128, generator=drawn), dim=-1)
+    frequency = torch.arange(1, 201) ** -0.7
+    active = torch.rand(n_rows, 200, generator=generator) < frequency * (6 / frequency.sum())
+    sizes = 0.5 + torch.rand(n_rows, 200, generator=generator)
+    x = (active * sizes) @ directions + 0.02 * torch.randn(n_rows, 128, generator=generator)
+    return x * (128**0.5 / 2.4)
