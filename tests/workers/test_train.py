@@ -256,7 +256,7 @@ def start(settings: Settings) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "workers.trainer"], env=os.environ | variables | threads)
 
 
-def wait(context: JobContext, job_id: int, ready: Any, seconds: float = 120) -> None:
+def wait(context: JobContext, job_id: int, ready: Any, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with context.sessions() as session:
