@@ -260,8 +260,10 @@ def wait(context: JobContext, job_id: int, ready: Any, seconds: float = 600) -> 
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with context.sessions() as session:
-            if ready(jobs.get(session, job_id)):
+            job = jobs.get(session, job_id)
+            if ready(job):
                 return
+            assert not JobState(job.state).ended, f"the job is {job.state} before it got there: {job.error}"
         time.sleep(0.02)
     raise AssertionError("the job did not get there in time")
 
