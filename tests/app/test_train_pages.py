@@ -105,7 +105,7 @@ def test_every_field_is_on_the_form_and_explained_and_shown_where_its_architectu
             owners = {str(a) for a in Architecture if name in a.fields}
             assert of.get(name, set()) == (owners if name not in ("lr", "dead_latents") else set()), name
     assert of["hook_out"] == {"transcoder", "skip_transcoder"}
-    assert 'placeholder="0.0005 or 0.001"' in page
+    assert 'placeholder="3 or 5"' in page  # L1 coefficients by architecture
 
 
 def test_the_style_sheet_shows_the_fields_of_every_architecture(client: TestClient) -> None:
