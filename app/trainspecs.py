@@ -207,7 +207,7 @@ class SaeSpec(Spec):
         None,
         ge=0,
         description="standard, gated and transcoders: weight of the L1 penalty against the squared error summed over "
-        "d_in, on activations of mean norm sqrt(d_in). 1 to 10; 3, and 5 for gated, leave some 50 active. Higher is "
+        "d_in, on activations of mean norm sqrt(d_in). 1 to 10; 3, and 5 for gated, leave 25 to 50 active. Higher is "
         "sparser and reconstructs less. (5e-5 to 1e-4 in older recipes, whose error is a mean over other units.)",
     )
     l1_warmup_steps: int | None = Field(
