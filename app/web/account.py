@@ -238,7 +238,9 @@ def _account(
         role=who.role,
         roles=tuple(role for role in Role if who.role.covers(role)),
         logins=tuple(
-            LoginRow(x.id, x.browser, x.address, _day(x.created_at), _day(x.seen_at), x.id == who.login_id)
+            LoginRow(
+                x.id, browser_name(x.browser), x.address, _day(x.created_at), _day(x.seen_at), x.id == who.login_id
+            )
             for x in people.logins(session, person_id)
         ),
         tokens=tuple(
@@ -265,3 +267,20 @@ def _account(
 
 def _day(moment: object) -> str:
     return f"{moment:%Y-%m-%d %H:%M}"
+
+
+_BROWSERS = (
+    *(("Edg", "Edge"), ("OPR", "Opera"), ("Firefox", "Firefox"), ("HeadlessChrome", "Chrome"), ("Chrome", "Chrome")),
+    *(("Safari", "Safari"), ("curl", "curl"), ("python", "Python")),
+)
+_SYSTEMS = (
+    *(("Android", "Android"), ("iPhone", "iPhone"), ("iPad", "iPad"), ("Windows", "Windows"), ("Mac OS X", "macOS")),
+    ("Linux", "Linux"),
+)
+
+
+def browser_name(said: str) -> str:
+    """Return what a browser calls itself in short, `Firefox on Linux`, or else its own words as far as they fit."""
+    browser = next((name for word, name in _BROWSERS if f"{word}/" in said or f"{word}-" in said), "")
+    system = next((name for word, name in _SYSTEMS if word in said), "")
+    return f"{browser} on {system}" if browser and system else browser or said[:60]

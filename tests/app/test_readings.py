@@ -147,3 +147,11 @@ def test_counts_are_short(value: float, text: str) -> None:
 
 def test_curves_after_the_eighth_are_told_by_dashes() -> None:
     assert [plots.css(n) for n in (0, 7, 8, 17)] == ["s0 d0", "s7 d0", "s0 d1", "s1 d2"]
+
+
+def test_small_numbers_on_an_axis_are_short_and_told_apart() -> None:
+    curve = Series("a", 0, np.array([10.0]), np.array([1e-4]))
+    drawn = plot("lr", "learning rate", "", [curve], x_name="step", scale="linear", version="")
+    texts = [tick.text for tick in drawn.y_ticks]
+    assert texts == ["9e-5", "9.5e-5", "1e-4", "1.05e-4", "1.1e-4"]
+    assert max(map(len, texts)) <= 7

@@ -20,6 +20,7 @@ from app.people import Role
 from app.settings import Settings
 from app.tables import ApiToken, Invitation, Job, Login, Person, now
 from app.web.access import Rates, declared, local_path
+from app.web.account import browser_name
 from tests import conftest
 
 PASSWORD = "four random words here"
@@ -408,3 +409,21 @@ def test_a_job_belongs_to_the_person_who_asked_for_it(team: Team) -> None:
     team.browser("a-editor").post("/tiny/1-other/map")
     with team.sessions() as session:
         assert [job.owner for job in session.scalars(select(Job))] == ["a-editor"]
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("Mozilla/5.0 (X11; Linux x86_64; rv:145.0) Gecko/20100101 Firefox/145.0", "Firefox on Linux"),
+        (
+            "Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1 Version/26.0 Safari/605.1",
+            "Safari on macOS",
+        ),
+        ("Mozilla/5.0 (Windows NT 10.0) AppleWebKit/537 Chrome/140.0 Safari/537 Edg/140.0", "Edge on Windows"),
+        ("python-httpx/0.28", "Python"),
+        ("<script>" * 40, ("<script>" * 40)[:60]),
+        ("", ""),
+    ],
+)
+def test_a_login_is_listed_by_browser_and_system(said: str, name: str) -> None:
+    assert browser_name(said) == name

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from app import corpora, db, documents, jobs
@@ -26,6 +27,7 @@ from app.settings import Settings
 from app.tables import Job, Model
 from app.trainspecs import TrainSpec
 from tests import tiny as world
+from tests.browser.test_accessibility import GRAVE
 from tests.tiny import TEXT
 
 SECONDS = 180
@@ -211,6 +213,51 @@ def test_a_bad_training_warns_and_two_are_drawn_over_each_other(page: Page, atla
     assert len(points(page)) == 1
     page.reload()
     assert len(points(page)) == 1
+
+
+LOOKS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+
+
+def complaints_of(browser: Browser, atlas: Atlas, path: str) -> list[str]:
+    """What axe finds serious, and what is wider than the window, on a page in every look."""
+    found: list[str] = []
+    for width, scheme in LOOKS:
+        with browser.new_context(
+            viewport={"width": width, "height": 900},
+            color_scheme=scheme,  # type: ignore[arg-type]
+            base_url=atlas.url,
+        ) as context:
+            page = context.new_page()
+            page.goto(path, wait_until="load")
+            page.locator("#runs tbody tr").first.wait_for()
+            page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+            wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            found += [f"{path} is {wide} px too wide at {width}"] if wide > 0 else []
+            for violation in Axe().run(page).response["violations"]:
+                if violation["impact"] in GRAVE:
+                    nodes = [node["html"][:160] for node in violation["nodes"][:3]]
+                    found += [f"{path} at {width}, {scheme}: {violation['id']}: {html}" for html in nodes]
+    return found
+
+
+def test_axe_finds_nothing_serious_on_trainings_that_run_warn_and_ended_nor_on_their_comparison(
+    browser: Browser, page: Page, atlas: Atlas
+) -> None:
+    ended = atlas.submit({**BAD, "set_name": "ended"})
+    until(atlas, lambda: atlas.ended(ended))
+    number = atlas.submit({**LONG, "set_name": "axed", "epochs": 100})
+    waits = atlas.submit({**LONG, "set_name": "waits"})
+    page.goto(f"/jobs/{number}")
+    page.wait_for_function(GROWN, arg=["plot-ce_loss_score", 0], timeout=SECONDS * 1000)
+    expect(page.locator("#looks .forming").first).to_be_visible()
+    page.get_by_role("button", name="Pause").click()  # else it may end before it was looked at
+    expect(page.locator("#job .state")).to_have_text(re.compile("pausing|paused"), timeout=SECONDS * 1000)
+    paths = [f"/jobs/{job}" for job in (number, ended, waits)]
+    paths += [f"/jobs/compare?job={number}&job={ended}", f"/jobs/{number}?scale=log&x=tokens&more=true&look=1"]
+    found = [text for path in paths for text in complaints_of(browser, atlas, path)]
+    for job in (number, waits):
+        page.request.post(f"/jobs/{job}/cancel", headers={"origin": atlas.url})
+    assert not found, "\n".join(found)
 
 
 def test_a_plot_is_looked_at_closer_by_dragging(page: Page, atlas: Atlas) -> None:
