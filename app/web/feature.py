@@ -41,7 +41,7 @@ router = APIRouter()
 MAX_TEXT_IN_ADDRESS = 2000
 MAX_CHOICES = 60
 """Sources offered by the page's selector."""
-MAX_WEIGHT = 35_000
+MAX_WEIGHT = 33_500
 """Bytes of examples on a page as it is first sent, which keeps it below 60 kB."""
 KEPT = frozenset({"width", "scale", "breaks", "evidence", "bands", *SWITCHES})
 """What stays in the address when a text is tried."""
