@@ -75,7 +75,7 @@ def test_a_list_outlives_an_sae_that_is_removed(client: TestClient) -> None:
     assert client.post("/tiny/1-demo/remove", follow_redirects=False).status_code == 303
     page = client.get(f"/lists/{made['id']}")
     assert page.status_code == 200
-    assert "tiny/1-demo/3 is not here (any more)" in page.text
+    assert "tiny/1-demo/3 is not here, or not shown to you" in page.text
 
 
 FEATURE = {"modelId": "tiny", "layer": "1-demo", "index": "3", "description": "a <b>note</b>"}
