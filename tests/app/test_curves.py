@@ -50,10 +50,10 @@ def test_a_healthy_run_has_no_warnings_at_any_time(spec: SaeSpec, n: int) -> Non
     ("spec", "changed", "kind", "advice"),
     [
         (TOPK, {"dead_fraction": flat(0.4)}, "dead", "Raise aux_k (now 256)"),
-        (STANDARD, {"dead_fraction": flat(0.4)}, "dead", "Lower l1_coefficient (now 5)"),
+        (STANDARD, {"dead_fraction": flat(0.4)}, "dead", "Lower l1_coefficient (now 3)"),
         (TOPK, {"explained_variance": flat(0.4)}, "poor", "raise k (now 32)"),
         (STANDARD, {"explained_variance": flat(0.4)}, "poor", "lower l1_coefficient"),
-        (STANDARD, {"l0": flat(900)}, "dense", "raise l1_coefficient (now 5)"),
+        (STANDARD, {"l0": flat(900)}, "dense", "raise l1_coefficient (now 3)"),
         (STANDARD, {"l0": flat(0.2)}, "sparse", "Lower l1_coefficient"),
         (
             TOPK,
