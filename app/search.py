@@ -164,8 +164,8 @@ def labels(
     fitting = select(Explanation.id, place.label("place")).join(Source, Source.id == Explanation.source_id)
     ranked = fitting.where(*where).subquery()
     best = (Explanation.id == ranked.c.id) & (ranked.c.place == 1)
-    counted = select(func.count()).select_from(Explanation).join(Source, Source.id == Explanation.source_id)
-    total = session.execute(counted.join(ranked, best)).scalar_one()
+    features = select(Explanation.source_id, Explanation.index).join(Source, Source.id == Explanation.source_id)
+    total = session.execute(select(func.count()).select_from(features.where(*where).distinct().subquery())).scalar_one()
     rows = session.execute(
         _statement(closeness.label("closeness"))
         .join(ranked, best)

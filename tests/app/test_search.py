@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from sqlalchemy.orm import Session
 
-from app import explanations, search
+from app import explanations, search, visibility
 from app.people import LOCAL
+from app.tables import Source
+from app.visibility import Reader, Visibility
 
 
 def labels(session: Session, query: str, **limits: object) -> list[int]:
@@ -56,3 +58,14 @@ def test_the_search_can_be_kept_to_a_model_and_to_sources(session: Session) -> N
     assert labels(session, "harbours", model_id="other") == []
     assert labels(session, "harbours", model_id="tiny", sources=["2-plain"]) == []
     assert labels(session, "harbours", model_id="tiny", sources=["1-demo"]) == [3, 0, 4]
+
+
+def test_what_others_keep_to_themselves_is_neither_found_nor_counted(session: Session) -> None:
+    query = search.labels(session, "a").hits[0].text.split()[0]
+    assert search.labels(session, query).total > 0
+    for source in session.query(Source):
+        source.owner, source.visibility = "somebody", Visibility.PRIVATE
+    session.flush()
+    visibility.read_as(session, Reader("another"))
+    found = search.labels(session, query)
+    assert (found.total, found.hits) == (0, ())
