@@ -12,6 +12,7 @@ import json
 import re
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import select
@@ -106,11 +107,7 @@ def check_place(place: str) -> str:
 
 def refresh(session: Session, settings: Settings, remote: Remote) -> None:
     """List a remote again. One that cannot be read keeps its old list, with the reason."""
-    try:
-        remote.listing = [entry.model_dump() for entry in listed(settings, remote.place)]
-        remote.checked_at, remote.problem = now(), ""
-    except AtlasError as error:
-        remote.problem = error.message[:500]
+    _keep(remote, *_asked(settings, remote.place))
     session.flush()
 
 
@@ -120,18 +117,26 @@ def refresh_old(sessions: sessionmaker[Session], settings: Settings) -> int:
         old = (Remote.checked_at.is_(None)) | (Remote.checked_at < now() - timedelta(minutes=OLD_MINUTES))
         due = session.execute(select(Remote.id, Remote.place).where(old).order_by(Remote.checked_at)).all()
     for number, place in due:
-        try:
-            entries, problem = listed(settings, place), ""
-        except AtlasError as error:
-            entries, problem = None, error.message[:500]
+        answer = _asked(settings, place)
         with sessions.begin() as session:
             remote = session.get(Remote, number)
-            if remote is None:
-                continue
-            remote.problem = problem
-            if entries is not None:
-                remote.listing, remote.checked_at = [entry.model_dump() for entry in entries], now()
+            if remote is not None:
+                _keep(remote, *answer)
     return len(due)
+
+
+def _asked(settings: Settings, place: str) -> tuple[list[dict[str, Any]] | None, str]:
+    """Return what lies at a place, or None and why it cannot be read."""
+    try:
+        return [entry.model_dump() for entry in listed(settings, place)], ""
+    except AtlasError as error:
+        return None, error.message[:500]
+
+
+def _keep(remote: Remote, listing: list[dict[str, Any]] | None, problem: str) -> None:
+    remote.problem = problem
+    if listing is not None:
+        remote.listing, remote.checked_at = listing, now()
 
 
 def everything(session: Session) -> list[Remote]:
