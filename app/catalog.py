@@ -99,6 +99,7 @@ RESERVED = frozenset(
         "robots.txt",
         "search",
         "settings",
+        "share",
         "shared",
         "sources",
         "static",

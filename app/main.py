@@ -152,6 +152,7 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.team:
         app.add_middleware(Proxied, trusted=settings.trusted_proxies)
     app.mount("/static", VersionedStatic(version), name="static")
+    app.include_router(feature.first, include_in_schema=False)
     for api in (
         features,
         explanations,

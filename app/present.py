@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -49,9 +50,8 @@ class Piece(NamedTuple):
     special: bool = False
 
 
-@dataclass(frozen=True)
-class Window:
-    """The part of a context around a feature's peak."""
+class Window(NamedTuple):
+    """The part of a context around a feature's peak. A tuple as its pieces are: a page makes fifty."""
 
     context: int
     pieces: tuple[Piece, ...]
@@ -89,8 +89,7 @@ class EffectView:
     later_kl: float = 0.0
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """A window and the ones left out because they read the same."""
 
     window: Window
@@ -291,9 +290,9 @@ def window_of(
 ) -> Window:
     """Return the tokens within `width` of an example's peak, shaded relative to `full`. The BOS token is not shown."""
     positions, activations = example.positions.tolist(), example.values.tolist()
-    peak = positions[activations.index(max(activations))]  # as Example.peak, which asks numpy
-    values = dict(zip(positions, activations, strict=True))
-    return _window(example.context, values, peak, ids, words, width, full, bos, special, title)
+    highest = max(activations)
+    peak = positions[activations.index(highest)]  # as Example.peak, which asks numpy
+    return _window(example.context, positions, activations, highest, peak, ids, words, width, full, bos, special, title)
 
 
 def silent_window(
@@ -306,12 +305,14 @@ def silent_window(
     title: str = "",
 ) -> Window:
     """Return the tokens around the one to look at in a context without an activation."""
-    return _window(silent.context, {}, silent.position, ids, words, width, 0.0, bos, special, title)
+    return _window(silent.context, [], [], 0.0, silent.position, ids, words, width, 0.0, bos, special, title)
 
 
 def _window(
     context: int,
-    values: Mapping[int, float],
+    positions: Sequence[int],
+    activations: Sequence[float],
+    highest: float,
     peak: int,
     ids: Sequence[int],
     words: Vocabulary,
@@ -324,6 +325,9 @@ def _window(
     first = 0 if bos is None else 1
     start, end = max(first, peak - width), min(len(ids), peak + width + 1)
     strings = _strings(words, ids, start, end, first)
+    # A dense feature is active on hundreds of tokens of a context, of which a window shows a few.
+    inside = slice(bisect_left(positions, start), bisect_left(positions, end))
+    values = {at: value for at, value in zip(positions[inside], activations[inside], strict=True) if value > 0}
     pieces: list[Piece] = []
     done = start
     # A page has dozens of windows, with a few marked tokens each: what lies between them is joined, not walked through.
@@ -337,14 +341,14 @@ def _window(
         done = position + 1
     if done < end:
         pieces.append(Piece("".join(strings[done - start :])))
-    return Window(context, tuple(pieces), start > first, end < len(ids), max(values.values(), default=0.0), peak, title)
+    return Window(context, tuple(pieces), start > first, end < len(ids), highest, peak, title)
 
 
 def _marked(
-    values: Mapping[int, float], peak: int, ids: Sequence[int], start: int, end: int, special: frozenset[int]
+    active: Iterable[int], peak: int, ids: Sequence[int], start: int, end: int, special: frozenset[int]
 ) -> list[int]:
     """Return the positions in a window that are shown apart: active ones, the peak, special tokens."""
-    marked = {position for position, value in values.items() if value > 0 and start <= position < end}
+    marked = set(active)
     if start <= peak < end:
         marked.add(peak)
     if not special.isdisjoint(ids[start:end]):
@@ -448,6 +452,11 @@ def amount(value: float) -> str:
     return f"{value:.{decimals}f}" if size >= 0.01 else f"{value:.2g}"
 
 
+def signed(value: float) -> str:
+    """Return a change with its sign, and the three digits that matter."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{amount(abs(value))}"
+
+
 def duration(seconds: float) -> str:
     """Return a span as people say it: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
@@ -521,7 +530,7 @@ def _logits_chart(evidence: FeatureEvidence) -> Chart | None:
 
 
 def _with_effects(shown: Sequence[Shown], measured: Mapping[tuple[int, int], EffectView]) -> tuple[Shown, ...]:
-    return tuple(replace(s, effect=measured.get((s.window.context, s.window.peak))) for s in shown)
+    return tuple(s._replace(effect=measured.get((s.window.context, s.window.peak))) for s in shown)
 
 
 def _finite(value: float) -> float | None:

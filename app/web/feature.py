@@ -15,6 +15,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Form, Query, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import catalog, evidence, present, surroundings
@@ -37,6 +38,9 @@ from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, read,
 from app.web.problems import Problem, of
 
 router = APIRouter()
+first = APIRouter()
+"""The pages of features by their usual addresses, before all other routes: two hundred patterns to try take a tenth of
+the time that such a page takes."""
 
 MAX_TEXT_IN_ADDRESS = 2000
 MAX_CHOICES = 60
@@ -293,6 +297,23 @@ def _download(record: FeatureRecord, kind: str) -> dict[str, str]:
     return {"content-disposition": f'attachment; filename="{name}"'}
 
 
+class _Model(StringConvertor):
+    regex = rf"(?!(?:{'|'.join(map(re.escape, sorted(catalog.RESERVED)))})/)[^/]+"
+
+
+class _Source(StringConvertor):
+    regex = r"(?!(?:bulk|prompt|steer)/)[^/]+"
+
+
+class _Index(StringConvertor):
+    regex = r"[0-9]{1,9}"
+
+
+for _convertor in (_Model, _Source, _Index):
+    register_url_convertor(_convertor.__name__[1:].lower(), _convertor())
+
+
+@first.get("/{model:model}/{source:source}/{index:index}", dependencies=[GUEST])
 @router.get("/{model}/{source}/{index}", dependencies=[GUEST])
 def feature_page(
     request: Request,

@@ -58,7 +58,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                _dress(MutableHeaders(scope=message), request_id, self.https)
+                headers_out = MutableHeaders(scope=message)
+                _dress(headers_out, request_id, self.https)
+                headers_out["server-timing"] = f"app;dur={(time.perf_counter() - began) * 1000:.1f}"
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):

@@ -74,7 +74,7 @@ def template(scope: Scope) -> str:
     path = str(scope.get("path", ""))
     if path.startswith("/static/"):
         return "/static"
-    written = str(getattr(scope.get("route"), "path", ""))
+    written = str(getattr(scope.get("route"), "path_format", ""))
     if not written:
         return "none"
     return f"/api{written}" if path.startswith("/api/") and not written.startswith("/api/") else written

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import mimetypes
-import re
 from collections.abc import AsyncIterator, Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -23,18 +20,14 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from app import present, visibility
-from app.comments import MENTION
 from app.gpu import Worker
 from app.people import Actor
 from app.settings import Settings
+from app.web import markup
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES, STATIC = ROOT / "templates", ROOT / "static"
 T = TypeVar("T")
-_SIGNS = {"\t": "⇥", "\r": "␍"}
-_PART = Markup('<i class="part" title="{}">⋯</i>').format(present.PART)
-_CUT = '<i class="cut">…</i>'
-_TICKED = re.compile(r"`([^`]+)`")
 
 
 async def _session(request: Request) -> AsyncIterator[Session]:
@@ -84,22 +77,7 @@ class Pages:
         )
         self.static = f"/static/{version}"
         self.env.globals["static"] = lambda name: f"/static/{version}/{name}"  # pyright: ignore[reportArgumentType]
-        self.env.filters |= {
-            "amount": present.amount,
-            "duration": present.duration,
-            "percent": present.percent,
-            "bytes": present.size,
-            "shown": shown,
-            "chip": chip,
-            "token": token,
-            "window": window,
-            "token_chip": token_chip,
-            "label": label,
-            "said": said,
-            "query": query,
-            "segment": lambda text: quote(str(text), safe=""),
-            "data": data,
-        }
+        self.env.filters.update(_FILTERS)
 
     def text(self, name: str, page: Any, actor: Actor | None = None, stranger: bool = False) -> str:
         return self.env.get_template(name).render(page=page, actor=actor, stranger=stranger)
@@ -164,132 +142,42 @@ def ahead(request: Request) -> dict[str, str]:
     return {"speculation-rules": f'"{request.app.state.pages.static}/ahead.specrules"'}
 
 
-class _Marks(dict[int, str]):
-    """A translation table that names what would not be seen, filled as characters occur."""
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        if character == "\n":
-            mark = '<i class="nl">↵</i><i class="br">\n</i>'
-        elif character in _SIGNS:
-            mark = f'<i class="nl">{_SIGNS[character]}</i>'
-        elif present.hidden(character):
-            mark = f'<i class="nl">U+{code:04X}</i>'
-        else:
-            mark = character
-        self[code] = mark
-        return mark
-
-
-_MARKS = _Marks()
-
-
-def shown(text: str) -> Markup:
-    """Return model text as markup: escaped, line breaks and tabs marked, characters that would not be seen named.
-
-    A line break is followed by an element that a style sheet may turn into a real one.
-    """
-    return Markup(_shown(text))  # noqa: S704 - escaped, and the marks are ours
-
-
-def _shown(text: str) -> str:
-    # A page has a thousand such pieces, and text that knows it is markup takes as long to make as all of this.
-    escaped = _escape(text)
-    return escaped if text.isprintable() else escaped.translate(_MARKS)
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=False).replace('"', "&#34;").replace("'", "&#39;")
-
-
-def token(text: str) -> Markup:
-    """Return one token of a text as markup: as `shown`, and visible where it ends inside a character."""
-    return shown(text) if text else _PART
-
-
-def _token(text: str) -> str:
-    return _shown(text) if text else str(_PART)
-
-
-def window(shown_window: present.Window) -> Markup:
-    """Return a window of tokens as markup. Here and not in a template: a page has dozens, with hundreds of pieces."""
-    parts = ['<span class="window">', _CUT if shown_window.cut_before else ""]
-    for piece in shown_window.pieces:
-        if piece.level:
-            kind = f"a{piece.level} peak" if piece.peak else f"a{piece.level}"
-            parts.append(f'<mark class="{kind}" title="{_escape(piece.tip)}">{_token(piece.text)}</mark>')
-        elif piece.special:
-            parts.append(f'<i class="special">{_shown(piece.text)}</i>')
-        elif piece.peak:
-            parts.append(f'<span class="looked" title="{_escape(piece.tip)}">{_token(piece.text)}</span>')
-        else:
-            parts.append(_shown(piece.text))
-    parts += [_CUT if shown_window.cut_after else "", "</span>"]
-    return Markup("".join(parts))  # noqa: S704 - every part is escaped or ours
-
-
-def label(text: str) -> Markup:
-    """Return an explanation as markup: what stands in backticks are tokens."""
-    parts = [
-        f'<code class="chip">{chip(part)}</code>' if i % 2 else _shown(part)
-        for i, part in enumerate(_TICKED.split(text))
-    ]
-    return Markup("".join(parts))  # noqa: S704 - every part is escaped
-
-
-def said(text: str) -> Markup:
-    """Return what a person wrote as markup: as `label`, and people's names stand out."""
-    parts: list[Markup] = []
-    end = 0
-    for match in MENTION.finditer(text):
-        parts += [label(text[end : match.start()]), Markup('<b class="mention">{}</b>').format(match[0])]
-        end = match.end()
-    return Markup().join([*parts, label(text[end:])])
-
-
-def chip(text: str) -> Markup:
-    """Return one token for a list: as `shown`, with spaces at its ends visible and counted when there are many."""
-    return _chip(text) if len(text) <= _LONG_TOKEN else _chip.__wrapped__(text)
-
-
-_LONG_TOKEN = 64
-
-
-@lru_cache(maxsize=20_000)
-def _chip(text: str) -> Markup:
-    body = text.strip(" ")
-    if not body:
-        return Markup('<i class="nl">{}</i>').format(_spaces(len(text), "␣") or "∅")
-    before, after = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    dots = Markup('<i class="ws">{}</i>')
-    return Markup().join(
-        [
-            dots.format(_spaces(before, "·")) if before else "",
-            shown(body),
-            dots.format(_spaces(after, "·")) if after else "",
-        ]
-    )
-
-
-def token_chip(text: str) -> Markup:
-    """Return one token of a text for a list: as `chip`, and a mark where it ends inside a character."""
-    return chip(text) if text else _PART
-
-
-def _spaces(n: int, sign: str) -> str:
-    return sign * n if n <= 3 else f"{sign}×{n}"
-
-
 def query(parameters: dict[str, Any]) -> str:
     """Return `?a=b` of the parameters that are set, or nothing."""
     kept = {k: v for k, v in parameters.items() if v not in (None, "", [])}
     return f"?{urlencode(kept, doseq=True)}" if kept else ""
 
 
+def segment(text: object) -> str:
+    """Return a text as one segment of an address."""
+    return quote(str(text), safe="")
+
+
 def data(value: Any) -> Markup:
     """Return JSON for a data element: no `<` survives, so no text can end the element."""
     text = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode()
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))  # noqa: S704
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "amount": present.amount,
+    "signed": present.signed,
+    "duration": present.duration,
+    "percent": present.percent,
+    "bytes": present.size,
+    "shown": markup.shown,
+    "chip": markup.chip,
+    "token": markup.token,
+    "window": markup.window,
+    "token_chip": markup.token_chip,
+    "label": markup.label,
+    "said": markup.said,
+    "example": markup.example,
+    "quiet": markup.quiet,
+    "query": query,
+    "segment": segment,
+    "data": data,
+}
 
 
 def static_version() -> str:

@@ -15,9 +15,12 @@ from starlette.testclient import TestClient
 
 from app import db
 from app.evidence import Effect, Silent, pack, pack_effects
+from app.main import create_app
+from app.settings import Settings
 from app.tables import Corpus, Evidence, Harvest, Source
 from app.web import preview
 from tests.app.conftest import Live
+from tests.app.test_team_mode import routes_of
 from tests.conftest import live_evidence
 from tests.tiny import D_SAE
 
@@ -250,6 +253,17 @@ def test_a_page_stays_below_60_kB_however_many_tokens_it_shades(client: TestClie
     assert 'hx-trigger="revealed"' in page
     whole = text(client, f"{PATH}?bands=all")
     assert whole.count('class="example"') > page.count('class="example"')
+
+
+def test_the_route_tried_first_takes_no_other_page_s_address() -> None:
+    routes = list(routes_of(create_app(Settings())))
+    (quick,) = (r for r in routes if r.path == "/{model:model}/{source:source}/{index:index}")
+    assert quick.path_regex.match("/gpt2-small/8-res-jb/12")
+    for route in routes:
+        place = "/api" if route.endpoint.__module__.startswith("app.api.") else ""
+        address = place + re.sub(r"{[^}]*}", "1", route.path)
+        if route is not quick and route.path != "/{model}/{source}/{index}":
+            assert not quick.path_regex.match(address), route.path
 
 
 def test_a_page_that_may_work_later_says_when_and_offers_to_try_again(client: TestClient) -> None:

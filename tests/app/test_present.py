@@ -10,7 +10,7 @@ import pytest
 from app import present
 from app.evidence import Example
 from app.tokens import Vocabulary
-from app.web.pages import chip, label, shown, token, token_chip
+from app.web.markup import chip, label, shown, token, token_chip
 from tests.conftest import TOKENS, dead_evidence, live_evidence
 
 WORDS = Vocabulary(TOKENS)

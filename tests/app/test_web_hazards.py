@@ -288,6 +288,12 @@ def test_every_answer_has_a_request_id_and_a_given_one_is_kept(client: TestClien
     assert re.fullmatch("[0-9a-f]{16}", odd)
 
 
+def test_an_answer_says_how_long_the_server_took(client: TestClient) -> None:
+    said = client.get("/").headers["server-timing"]
+    assert re.fullmatch(r"app;dur=\d+\.\d", said)
+    assert 0 < float(said.partition("=")[2]) < 60_000
+
+
 def test_a_mistake_of_ours_is_a_designed_page_that_names_the_request(client: TestClient) -> None:
     client.app.state.sessions = None  # type: ignore[attr-defined]
     page = client.get("/")
