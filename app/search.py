@@ -92,12 +92,13 @@ def find(
     query: str,
     scope: Scope | None = None,
     *,
+    by_meaning: bool = True,
     offset: int = 0,
     limit: int = PAGE_SIZE,
 ) -> Results:
     """Return the features whose explanations fit a query best, each once, with the one that fits it best.
 
-    By words with typos and by meaning; by SQL without an index.
+    By words with typos and, unless that is not wanted, by meaning; by SQL without an index.
     """
     query, scope = _clean(query), scope or Scope()
     if index is None or not query:
@@ -113,7 +114,7 @@ def find(
     where = scope.conditions()
     limited = bool(where) or visibility.hides_saes(session)
     sources = session.scalars(select(Source.id).where(*where)).all() if limited else None
-    vector = _vector(query) if index.n_vectors else None
+    vector = _vector(query) if by_meaning and index.n_vectors else None
     found = index.find(query, vector, sources)
     ids = found.ids[offset : offset + limit].tolist()
     hits = _hits_by_id(session, ids)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from app import catalog, search
 from app.catalog import ModelEntry
+from app.labelindex import Index, LabelIndex
 from app.web.access import VIEWER
 from app.web.pages import Db, query, render
 
@@ -64,7 +65,8 @@ def palette(
     entries = catalog.entries(session)
     options = [*_features(entries, q, here), *_places(entries, q, here)]
     if q and not q.isdigit():
-        options += _labels(session, q)
+        labels: LabelIndex = request.app.state.labels
+        options += _labels(session, labels.current(session), q)
     return render(request, "_palette.html", Palette(q, tuple(dict.fromkeys(options))))
 
 
@@ -100,9 +102,13 @@ def _places(entries: tuple[ModelEntry, ...], q: str, here: str) -> list[Option]:
     return sorted(fitting, key=lambda o: not (here and o.href != "/" and here.startswith(o.href)))[:MAX_PLACES]
 
 
-def _labels(session: Session, q: str) -> list[Option]:
-    found = search.labels(session, q, limit=MAX_LABELS)
+def _labels(session: Session, index: Index | None, q: str) -> list[Option]:
+    """Labels by their words, as one types. While they are first read, a search waits for them."""
+    whole = f"/search{query({'q': q})}"
+    if index is None:
+        return [Option(whole, "search", f"Search labels for “{q}”", "labels are being read")]
+    found = search.find(session, index, q, by_meaning=False, limit=MAX_LABELS)
     options = [Option(h.path, "label", h.text, f"{h.source}/{h.feature.index}") for h in found.hits]
     if found.total > len(options):
-        options.append(Option(f"/search{query({'q': q})}", "search", f"All {found.total:,} labels with “{q}”"))
+        options.append(Option(whole, "search", f"All {found.total:,} labels with “{q}”"))
     return options
