@@ -116,7 +116,12 @@ def outlook(session: Session, settings: Settings, spec: TrainSpec) -> Outlook:
     if faults:
         raise BadSpec(faults)
     harvest = _harvest(session, settings, spec, card, text)
-    notes = (*text.notes, *_notes(session, settings, spec, entry, n_train), *_after(takes, harvest, free, memory))
+    notes = (
+        *text.notes,
+        *_notes(session, settings, spec, entry, n_train),
+        *_late(spec, takes.steps),
+        *_after(takes, harvest, free, memory),
+    )
     return Outlook(spec, takes, speed, available, counted, free, memory, harvest, notes)
 
 
@@ -385,6 +390,23 @@ def _notes(session: Session, settings: Settings, spec: TrainSpec, entry: ModelEn
         yield "harvest_tokens is 0: no dashboards are made at the end."
     if not jobs.trainers(session, settings):
         yield "No trainer is running: the job waits until `sae-atlas serve` starts one."
+
+
+def _late(spec: TrainSpec, n_steps: int) -> Iterator[str]:
+    """What a training is too short for: schedules are counted in steps, as in the papers that they are from."""
+    share = max(n_steps // 20, 1)
+    for name in ("l1_warmup_steps", "l0_warmup_steps", "warmup_steps"):
+        asked = max((getattr(sae, name) or 0 for sae in spec.saes), default=0)
+        if asked >= n_steps:
+            what = "learning rate" if name == "warmup_steps" else "penalty"
+            yield f"{name} is {asked:,} of {n_steps:,} steps: the {what} only rises. A twentieth would be {share:,}."
+    resampled = [sae.resample_every_steps for sae in spec.saes if sae.treatment == "resample"]
+    every = min((n for n in resampled if n), default=0)
+    if every > n_steps * 2 // 3:
+        yield (
+            f"resample_every_steps is {every:,} of {n_steps:,} steps, and none happens in the last third: dead latents "
+            "stay dead."
+        )
 
 
 def _is_telling(session: Session, job: Job) -> bool:

@@ -75,8 +75,20 @@ def test_the_estimate_queues_nothing_and_says_what_it_takes(client: TestClient, 
     assert told["notes"] == [
         "The corpus gives 15 tokens to train on, fewer than the 2,000 asked for: all are read.",
         "No trainer is running: the job waits until `sae-atlas serve` starts one.",
+        "warmup_steps is 100 of 4 steps: the learning rate only rises. A twentieth would be 1.",
     ]
     assert n_jobs(catalog_session) == 0
+
+
+def test_schedules_longer_than_the_training_are_told_before_it_starts(client: TestClient) -> None:
+    dense = {"architecture": "standard", "k": None, "harvest_tokens": 0}
+    notes = client.post("/api/train/estimate", json=SPEC | dense).json()["notes"]
+    assert "l1_warmup_steps is 500 of 4 steps: the penalty only rises. A twentieth would be 1." in notes
+    assert any(note.startswith("resample_every_steps is 2,500 of 4 steps") for note in notes)
+    short = {"l1_warmup_steps": 1, "warmup_steps": 4, "dead_latents": "none"}
+    notes = client.post("/api/train/estimate", json=SPEC | dense | short).json()["notes"]
+    assert "warmup_steps is 4 of 4 steps: the learning rate only rises. A twentieth would be 1." in notes
+    assert not any("l1_warmup" in note or "resample" in note for note in notes)
 
 
 def test_the_estimate_tells_evaluation_and_dashboards_apart(client: TestClient, settings: Settings) -> None:
