@@ -203,9 +203,15 @@ def _nominal_seconds(
     reading = n_tokens * (per_layer * deepest + encode)
     n_latents = sum(source.d_sae for source in sources)
     rows = sum(2 * s.d_sae * (s.d_sae * s.d_in + card.d_model * card.d_vocab) for s in sources)
-    ablated = spec.n_effects * sum(
-        s.d_sae * (per_layer * (card.n_layers - min(s.layer, card.n_layers - 1)) + 2 * card.d_model * card.d_vocab)
-        for s in sources
+    # Each effect is two branches of tokens behind its context, with the feature and without.
+    branches = 2 * (1 + min(spec.effect_reach, spec.context_size - 1))
+    ablated = (
+        branches
+        * spec.n_effects
+        * sum(
+            s.d_sae * (per_layer * (card.n_layers - min(s.layer, card.n_layers - 1)) + 2 * card.d_model * card.d_vocab)
+            for s in sources
+        )
     )
     clean = n_tokens * per_layer * card.n_layers if spec.n_effects else 0
     return reading / FLOPS, rows / FLOPS + n_latents * LATENT_SECONDS, (ablated + clean) / FLOPS

@@ -7,7 +7,7 @@ than PARTS lie on disk at a time, and any window can be made again from the seed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -217,20 +217,42 @@ def n_loss_contexts(spec: TrainSpec) -> int:
 
 
 def evaluation_flops(spec: TrainSpec, card: ModelCard, n_steps: int, n_held_out: int) -> float:
-    """Of all looks and of the evaluation at the end, which runs the model apart for each SAE."""
-    to_hook = forward_flops(spec, card)
-    whole = card.n_layers * _block_flops(spec, card) + 2.0 * card.d_model * card.d_vocab
-    coding = [4.0 * hook_width(sae.hooks[0], card) * sae.d_sae for sae in spec.saes]
-    n_saes = len(spec.saes)
+    """Of all looks and of the evaluation at the end."""
+    ending = sum(ending_flops(spec, card, n_held_out)) * len(spec.saes)
+    return _n_looks(spec, n_steps) * look_flops(spec, card, n_held_out) + ending
 
-    def contexts(n_read: int, n_spliced: int, n_reads: int) -> float:
-        # Clean, with the SAE and with zeros in its place.
-        n_read, n_spliced = min(n_read, n_held_out), min(n_spliced, n_held_out)
-        return n_read * (n_reads * to_hook + sum(coding)) + n_spliced * n_saes * 3 * whole
 
-    looks = _n_looks(spec, n_steps) * contexts(LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS, 1)
+def looks_after(spec: TrainSpec, step: int, n_steps: int) -> int:
+    """Return how many looks at held-out text follow a step."""
+    return 0 if step >= n_steps else _n_looks(spec, n_steps) - step // spec.evaluate_every_steps
+
+
+def look_flops(spec: TrainSpec, card: ModelCard, n_held_out: int) -> float:
+    """Of one look, at all SAEs."""
+    return sum(_measuring_flops(spec, card, spec.saes, *_at_most(n_held_out, LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS)))
+
+
+def ending_flops(spec: TrainSpec, card: ModelCard, n_held_out: int) -> tuple[float, float]:
+    """Of the evaluation of one SAE at the end, on average: its reconstruction, and the loss with it spliced in."""
     n_spliced = n_loss_contexts(spec)
-    return spec.context_size * (looks + contexts(max(n_spliced, EVALUATION_CONTEXTS), n_spliced, n_saes))
+    read, spliced = _at_most(n_held_out, max(n_spliced, EVALUATION_CONTEXTS), n_spliced)
+    # Each runs the model apart.
+    alone = [_measuring_flops(spec, card, (sae,), read, spliced) for sae in spec.saes]
+    return sum(first for first, _ in alone) / len(alone), sum(second for _, second in alone) / len(alone)
+
+
+def _at_most(n_held_out: int, n_read: int, n_spliced: int) -> tuple[int, int]:
+    return min(n_read, n_held_out), min(n_spliced, n_held_out)
+
+
+def _measuring_flops(
+    spec: TrainSpec, card: ModelCard, saes: Sequence[SaeSpec], n_read: int, n_spliced: int
+) -> tuple[float, float]:
+    """Of SAEs on contexts that are read once for all, and on those that are run clean, with each SAE and with zeros."""
+    whole = card.n_layers * _block_flops(spec, card) + 2.0 * card.d_model * card.d_vocab
+    coding = sum(4.0 * hook_width(sae.hooks[0], card) * sae.d_sae for sae in saes)
+    read = n_read * (forward_flops(spec, card) + coding)
+    return spec.context_size * read, spec.context_size * n_spliced * len(saes) * 3 * whole
 
 
 def _n_steps(spec: TrainSpec, cached: bool, tokens: int) -> int:

@@ -78,6 +78,10 @@ class Head:
     """It is judged by its curves at all."""
     may_change: bool
     """Whoever looks may stop it, resume it or move it in the queue."""
+    judged: bool
+    """There are points to judge it by."""
+    follows: str
+    """What comes after it, in words; empty once it has ended."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Looking:
     looks: Looks
     path: str
     view: View
+    first: int
+    """The step after which the first comes; 0 where that is not known."""
 
     def link(self, **changes: Any) -> str:
         return self.path + at(self.view, **changes)
@@ -312,8 +318,8 @@ def _page(request: Request, session: Session, settings: Settings, job_id: int, v
         parts.append(_table(found, view, path, made))
     if found[0].spec is not None:
         parts += [
-            Part("warnings", "_warnings.html", _version([(w.run.key, w.warnings) for w in warned]), lambda: warned),
-            _looking(settings, found, view, path, job_id),
+            _warnings(warned, top.judged),
+            _looking(settings, found, view, path, job, n_steps),
         ]
     outcome = _outcome(session, job, made)
     parts.append(Part("outcome", "_outcome.html", _outcome_version(outcome), lambda: outcome))
@@ -351,7 +357,16 @@ def _head(
         alert=gravest.text if gravest else "",
         watched=job.kind == "train",
         may_change=_may_change(request, job),
+        judged=any(run.last_step for run in found),
+        follows=_follows(job, found),
     )
+
+
+def _follows(job: Job, found: Sequence[Run]) -> str:
+    tokens = job.spec.get("harvest_tokens")
+    if not found or found[0].spec is None or JobState(job.state).ended or not isinstance(tokens, int) or not tokens:
+        return ""
+    return f"After it comes a job of its own, which makes the dashboards from {tokens:,} tokens."
 
 
 def _may_change(request: Request, job: Job) -> bool:
@@ -369,7 +384,7 @@ def _numbers(job: Job, found: Sequence[Run]) -> Iterator[tuple[str, str]]:
         ("tokens", _told(first.last("tokens"), plots.short)),
         ("tokens a second", _told(first.last("tokens_per_second"), lambda value: f"{value:,.0f}")),
         ("learning rate", _told(first.last("lr"), lambda value: f"{value:.2g}")),
-        ("time left", _told(left, duration) if job.state == JobState.RUNNING else ""),
+        ("time left, with evaluation", _told(left, duration) if job.state == JobState.RUNNING else ""),
     )
     yield from ((name, "–" if value is None else value) for name, value in known if value != "")
 
@@ -426,6 +441,11 @@ def _warned(found: Sequence[Run], n_steps: int) -> Iterator[Warned]:
             yield Warned(run, plots.css(run.style), told)
 
 
+def _warnings(warned: tuple[Warned, ...], judged: bool) -> Part:
+    version = _version((judged, [(one.run.key, one.warnings) for one in warned]))
+    return Part("warnings", "_warnings.html", version, lambda: (warned, judged))
+
+
 def _plots(found: Sequence[Run], view: View) -> tuple[Part, ...]:
     drawn = runs.plots_of(found, view)
     return tuple(Part(f"plot-{p.id.replace('/', '-')}", "_plot.html", p.version, _same(p)) for p in drawn)
@@ -435,16 +455,20 @@ def _same(found: Plot) -> Callable[[], Plot]:
     return lambda: found
 
 
-def _looking(settings: Settings, found: Sequence[Run], view: View, path: str, job_id: int) -> Part:
+def _looking(settings: Settings, found: Sequence[Run], view: View, path: str, job: Job, n_steps: int) -> Part:
+    job_id, every = job.id, job.spec.get("evaluate_every_steps")
+    # A short training takes its only look at its end.
+    first = min(every, n_steps) if isinstance(every, int) and n_steps else every
     specs = {run.spec.source: run.spec for run in found if run.spec}
     if view.sae and view.sae not in specs:
         raise BadInput(f"Job {job_id} trains no SAE called {view.sae[:60]!r}; it trains {', '.join(list(specs)[:8])}.")
     source = view.sae or next(iter(specs))
     directory = settings.job_dir(job_id)
-    version = _version((source, view.look, curves.snapshot_steps(directory, source)))
+    version = _version((source, view.look, first, curves.snapshot_steps(directory, source)))
 
     def make() -> Looking:
-        return Looking(looks.looks(directory, list(specs), source, view.look, specs[source].d_sae), path, view)
+        found = looks.looks(directory, list(specs), source, view.look, specs[source].d_sae)
+        return Looking(found, path, view, first if isinstance(first, int) else 0)
 
     return Part("looks", "_looks.html", version, make)
 

@@ -98,6 +98,21 @@ def test_every_usual_plot_is_there_before_its_first_point(client: TestClient) ->
     assert html.count(">no points yet</text>") == 8
 
 
+def test_a_training_without_points_is_not_praised_and_says_what_comes_when(client: TestClient) -> None:
+    number = train(client, ONE | {"harvest_tokens": 30_000}, range(0), {})
+    html = page(client, f"/jobs/{number}")
+    assert html.count("No points yet to judge it by.") == 2
+    assert "None: dead latents" not in html
+    assert "makes the dashboards from 30,000 tokens" in html
+    assert "The first look at held-out text comes after step 200:" in html
+    plan = client.app.state.settings.job_dir(number) / "plan.json"  # type: ignore[attr-defined]
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_text('{"cached": true, "n_steps": 59}')
+    assert "comes after step 59:" in page(client, f"/jobs/{number}")
+    ended = page(client, f"/jobs/{train(client, ONE, range(10, 60, 10), {'dead_fraction': 0.0}, state='done')}")
+    assert "makes the dashboards" not in ended
+
+
 def test_only_what_changed_is_sent_again(client: TestClient) -> None:
     number = grid(client)
     seen = versions(page(client, f"/jobs/{number}"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.protocol import ModelCard
-from app.trainplan import Speed, estimate, measured_speed, plan
+from app.trainplan import Speed, estimate, looks_after, measured_speed, plan
 from app.trainspecs import TrainSpec
 
 CARD = ModelCard.model_construct(
@@ -85,6 +85,8 @@ def test_evaluation_is_estimated_for_each_sae_and_look() -> None:
     assert one.evaluation_seconds == pytest.approx(16 * (looks + end))
     assert two.evaluation_seconds == pytest.approx(16 * (2 * (looks + end) - 32 * 2 * blocks))
     often = estimate(spec(**asked | {"evaluate_every_steps": 10}), CARD, 10**9, speed)
+    assert looks_after(spec(**asked | {"evaluate_every_steps": 10}), 0, often.steps) == often.looks
+    assert [looks_after(spec(**asked | {"evaluate_every_steps": 10}), n, 25) for n in (9, 10, 24, 25)] == [3, 2, 1, 0]
     assert often.evaluation_seconds == pytest.approx(16 * (often.looks * looks + end))
 
 

@@ -114,6 +114,24 @@ def test_a_trained_sae_explains_the_activations_and_is_catalogued(job: JobContex
     torch.testing.assert_close(weights(job)["W_dec"].norm(dim=-1), torch.ones(48))
 
 
+def test_the_time_left_counts_the_looks_and_the_evaluation_that_follow_the_last_step(job: JobContext) -> None:
+    kind = train.Train()
+    steps = kind.plan(job)
+    for step in steps[:-1]:
+        kind.run(job, step)
+    assert steps[-1] == "evaluate 1/1"
+    with job.sessions() as session:
+        left = [values["seconds_left"] for _, values in jobs.points(session, job.job_id)]
+    assert left[-1] > 0
+    assert left[0] > left[-1]
+    kind.run(job, steps[-1])
+    with job.sessions() as session:
+        assert [values["seconds_left"] for _, values in jobs.points(session, job.job_id)] == [*left[:-1], 0]
+        status = jobs.get(session, job.job_id).status
+    assert status.startswith("evaluation: ce_loss_score ")
+    assert status.endswith(", 0 s left")
+
+
 def test_sae_lens_reads_it_and_finds_the_same_explained_variance(job: JobContext, tiny: Tiny) -> None:
     result = run(job)
     with job.sessions() as session:

@@ -64,10 +64,10 @@ class JobContext:
         """Who does the work: the trainer that leads the job, or one that helps."""
         return self.helper or self.executor
 
-    def report(self, share_of_step: float, status: str = "") -> None:
+    def report(self, share_of_step: float, status: str = "", seconds_left: float | None = None) -> None:
         """Say how far the step is (0..1), cheaply enough for an inner loop. Raises Cancelled when cancel was asked.
 
-        An empty status leaves the latest one standing.
+        An empty status leaves the latest one standing. Seconds left are those after the last point of the curves.
         """
         if time.monotonic() - self._last[0] < REPORT_SECONDS and share_of_step < 1:
             return
@@ -79,6 +79,10 @@ class JobContext:
         values = {"done": done, "status": status} if status else {"done": done}
         with self.sessions.begin() as session:
             session.execute(update(Job).where(Job.id == self.job_id).values(values))
+            if seconds_left is not None:
+                points = select(JobMetric).where(JobMetric.job_id == self.job_id).order_by(JobMetric.step.desc())
+                if (last := session.scalar(points.limit(1))) is not None:
+                    last.values = {**last.values, "seconds_left": seconds_left}
 
     def check(self) -> None:
         """Raise Cancelled or Paused when that was asked, Superseded when another trainer has the job. Not throttled."""

@@ -33,6 +33,7 @@ from sqlalchemy.orm import Session
 
 from app import corpora, curves, harvests, jobs, trainings, trainplan, visibility, weights
 from app.errors import BadInput, TooLarge
+from app.present import duration
 from app.tables import Source
 from app.trainplan import Plan, Window
 from app.trainspecs import SaeSpec, TrainSpec
@@ -108,6 +109,8 @@ class Spent:
     forward_flops: float = 0.0
     step_seconds: float = 0.0
     step_flops: float = 0.0
+    look_seconds: float = 0.0
+    look_flops: float = 0.0
 
     def speed(self) -> dict[str, float]:
         """Return floating-point operations a second, as app.trainplan.measured_speed reads them."""
@@ -298,6 +301,7 @@ class Run:
             if across.leads() and ((step + 1) % self.spec.evaluate_every_steps == 0 or last):
                 looking = time.monotonic()
                 metrics |= self._look(learners, norms, step + 1)
+                self._looked(time.monotonic() - looking)
                 looked += time.monotonic() - looking
             if metrics:
                 metrics |= {
@@ -313,7 +317,30 @@ class Run:
         return {curves.key(sae.source, name, len(self.spec.saes)): value for name, value in metrics.items()}
 
     def _left(self, step: int, speed: float) -> float:
-        return (self.plan.n_steps - step) * self.spec.batch_size / speed
+        """Seconds to the job's end: of the steps, of the looks at held-out text and of the evaluation."""
+        steps = (self.plan.n_steps - step) * self.spec.batch_size / speed
+        looks = trainplan.looks_after(self.spec, step, self.plan.n_steps) * self._look_flops()
+        return steps + looks / self._looking_speed() + self.ending_seconds() * len(self.spec.saes)
+
+    def ending_seconds(self) -> float:
+        """Return how long the evaluation of one SAE at the end will take."""
+        return sum(self.ending_flops()) / self._looking_speed()
+
+    def ending_flops(self) -> tuple[float, float]:
+        return trainplan.ending_flops(self.spec, self.text.model.card, len(self.held_out))
+
+    def _look_flops(self) -> float:
+        return trainplan.look_flops(self.spec, self.text.model.card, len(self.held_out))
+
+    def _looking_speed(self) -> float:
+        """As fast as the looks so far; before the first as the model was read; else a guess."""
+        if self.spent.look_seconds:
+            return self.spent.look_flops / self.spent.look_seconds
+        return self.spent.speed()["forward"] or trainplan.Speed().forward
+
+    def _looked(self, seconds: float) -> None:
+        self.spent.look_seconds += seconds
+        self.spent.look_flops += self._look_flops()
 
     def _report(self, step: int, whole: tuple[int, int], metrics: Mapping[str, float], speed: float) -> None:
         left, n = self._left(step, speed), len(self.spec.saes)
@@ -321,9 +348,8 @@ class Run:
         said = f"step {step:,} of {self.plan.n_steps:,}"
         if first in metrics:
             said += f", explained variance {metrics[first]:.3f}" + (f" ({self.spec.saes[0].source})" if n > 1 else "")
-        minutes = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
         share = (step - whole[0]) / max(whole[1] - whole[0], 1)
-        self.context.report(share, f"{said}, {speed:,.0f} tokens/s, {minutes} left")
+        self.context.report(share, f"{said}, {speed:,.0f} tokens/s, {duration(left)} left")
 
     def _look(self, learners: list[Learner], norms: dict[str, Norms], step: int) -> dict[str, float]:
         probe = watching.make_probe(self.text, self.held_out, norms)
@@ -466,6 +492,7 @@ def _evaluate(run: Run, sae: SaeSpec) -> None:
     coder = checkpoints.load_sae(directory, str(model.device))
     n_loss_contexts = trainplan.n_loss_contexts(spec)
     rows = run.held_out[: max(n_loss_contexts, trainplan.EVALUATION_CONTEXTS)]
+    ending = _Ending(run, sae, *run.ending_flops())
     metrics = evaluate(
         model,
         coder,
@@ -474,11 +501,35 @@ def _evaluate(run: Run, sae: SaeSpec) -> None:
         spec.context_size,
         n_loss_contexts,
         spec.max_norm_ratio,
-        run.context.report,
+        ending.report,
         checkpoint=run.context.directory / f"{sae.source}.evaluation.safetensors",
     )
     metrics["n_trained_tokens"] = learner.step * spec.batch_size
     _write_json(run.context.directory / f"{sae.source}.metrics.json", metrics)
+
+
+@dataclass
+class _Ending:
+    """Says how far the evaluation of an SAE is, and how long those that follow will take."""
+
+    run: Run
+    sae: SaeSpec
+    reading: float
+    splicing: float
+    """Work of both halves of the evaluation, as its reports count them."""
+    first: tuple[float, float] | None = None
+    """Share and time of the first report: an evaluation that is resumed does not begin at nothing."""
+
+    def report(self, share: float, said: str) -> None:
+        n, place = len(self.run.spec.saes), self.run.spec.saes.index(self.sae)
+        done = 2 * (min(share, 0.5) * self.reading + max(share - 0.5, 0.0) * self.splicing)
+        done /= self.reading + self.splicing
+        self.first = self.first or (done, time.monotonic())
+        gone, since = done - self.first[0], time.monotonic() - self.first[1]
+        each = since / gone if gone > 0 else self.run.ending_seconds()
+        left = each * (1 - done + n - place - 1)
+        which = f"evaluation {place + 1} of {n}" if n > 1 else "evaluation"
+        self.run.context.report(share, f"{which}: {said}, {duration(left)} left", left)
 
 
 def _write_sae(
