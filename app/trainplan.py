@@ -219,7 +219,7 @@ def n_loss_contexts(spec: TrainSpec) -> int:
 def evaluation_flops(spec: TrainSpec, card: ModelCard, n_steps: int, n_held_out: int) -> float:
     """Of all looks and of the evaluation at the end."""
     ending = sum(ending_flops(spec, card, n_held_out)) * len(spec.saes)
-    return _n_looks(spec, n_steps) * look_flops(spec, card, n_held_out) + ending
+    return looks_flops(spec, card, n_held_out, _n_looks(spec, n_steps), first=True) + ending
 
 
 def looks_after(spec: TrainSpec, step: int, n_steps: int) -> int:
@@ -227,32 +227,38 @@ def looks_after(spec: TrainSpec, step: int, n_steps: int) -> int:
     return 0 if step >= n_steps else _n_looks(spec, n_steps) - step // spec.evaluate_every_steps
 
 
-def look_flops(spec: TrainSpec, card: ModelCard, n_held_out: int) -> float:
-    """Of one look, at all SAEs."""
-    return sum(_measuring_flops(spec, card, spec.saes, *_at_most(n_held_out, LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS)))
+def looks_flops(spec: TrainSpec, card: ModelCard, n_held_out: int, n: int, *, first: bool) -> float:
+    """Of some looks at all SAEs; the first of a job runs the model also as it is and with zeros at each hook."""
+    if not n:
+        return 0.0
+    read, spliced = _at_most(n_held_out, LOOK_CONTEXTS, LOOK_LOSS_CONTEXTS)
+    runs = n * len(spec.saes) + (2 * len({sae.hooks for sae in spec.saes}) if first else 0)
+    return n * _reading_flops(spec, card, spec.saes, read) + _running_flops(spec, card, spliced, runs)
 
 
 def ending_flops(spec: TrainSpec, card: ModelCard, n_held_out: int) -> tuple[float, float]:
     """Of the evaluation of one SAE at the end, on average: its reconstruction, and the loss with it spliced in."""
     n_spliced = n_loss_contexts(spec)
     read, spliced = _at_most(n_held_out, max(n_spliced, EVALUATION_CONTEXTS), n_spliced)
-    # Each runs the model apart.
-    alone = [_measuring_flops(spec, card, (sae,), read, spliced) for sae in spec.saes]
-    return sum(first for first, _ in alone) / len(alone), sum(second for _, second in alone) / len(alone)
+    # Each runs the model apart: clean, with the SAE and with zeros in its place.
+    reading = sum(_reading_flops(spec, card, (sae,), read) for sae in spec.saes) / len(spec.saes)
+    return reading, _running_flops(spec, card, spliced, 3)
 
 
 def _at_most(n_held_out: int, n_read: int, n_spliced: int) -> tuple[int, int]:
     return min(n_read, n_held_out), min(n_spliced, n_held_out)
 
 
-def _measuring_flops(
-    spec: TrainSpec, card: ModelCard, saes: Sequence[SaeSpec], n_read: int, n_spliced: int
-) -> tuple[float, float]:
-    """Of SAEs on contexts that are read once for all, and on those that are run clean, with each SAE and with zeros."""
-    whole = card.n_layers * _block_flops(spec, card) + 2.0 * card.d_model * card.d_vocab
+def _reading_flops(spec: TrainSpec, card: ModelCard, saes: Sequence[SaeSpec], n_contexts: int) -> float:
+    """Of contexts that are read once for SAEs that encode and decode them."""
     coding = sum(4.0 * hook_width(sae.hooks[0], card) * sae.d_sae for sae in saes)
-    read = n_read * (forward_flops(spec, card) + coding)
-    return spec.context_size * read, spec.context_size * n_spliced * len(saes) * 3 * whole
+    return spec.context_size * n_contexts * (forward_flops(spec, card) + coding)
+
+
+def _running_flops(spec: TrainSpec, card: ModelCard, n_contexts: int, n_runs: int) -> float:
+    """Of the whole model on some contexts, so often."""
+    whole = card.n_layers * _block_flops(spec, card) + 2.0 * card.d_model * card.d_vocab
+    return spec.context_size * n_contexts * n_runs * whole
 
 
 def _n_steps(spec: TrainSpec, cached: bool, tokens: int) -> int:

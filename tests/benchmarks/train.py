@@ -38,7 +38,7 @@ BATCH, K, CONTEXT, N_BATCHES, LR = 4096, 32, 128, 8, 1e-3
 WIDTHS = {4_096: 5, 16_384: 2, 32_768: 1}
 """Rounds by d_sae: a step of sae-lens at 32k takes a quarter of a minute on two cores."""
 LEARNING_STEPS = 24
-END_TO_END_TOKENS = 262_144
+END_TO_END_TOKENS = 524_288
 """The last step looks at held-out text, for 8 s on two cores; SAELens' runner does not. A small part of this many."""
 
 

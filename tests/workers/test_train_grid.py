@@ -13,13 +13,18 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from sqlalchemy import select
 
-from app import curves, jobs
+from app import corpora, curves, jobs, trainplan
+from app.corpora import Stream
 from app.settings import Settings
 from app.tables import Job, JobMetric, JobState, Source
 from app.trainspecs import Architecture, TrainSpec
+from tests.tiny import Tiny
 from tests.workers.test_train import SPEC, context, run, settings, start, wait
+from workers.activations import Text
 from workers.checkpoints import load_sae
 from workers.language_model import LanguageModel
+from workers.trainer import train, watching
+from workers.trainer.evaluate import evaluate
 from workers.trainer.kinds import JobContext
 from workers.trainer.train import Train
 
@@ -240,6 +245,33 @@ def test_curves_and_snapshots_tell_how_it_went(settings: Settings) -> None:
     example = shown.examples[0]
     assert len(example.tokens) == len(example.values)
     assert max(example.values) == shown.max_act
+
+
+@pytest.mark.parametrize("more", [{"k": 4}, {"architecture": "transcoder", **OWN["transcoder"], "k": None}])
+def test_a_look_tells_the_score_of_the_evaluation_and_runs_the_model_as_it_is_once(
+    settings: Settings, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    asked: list[int] = []
+    bounds = watching.loss_bounds
+    monkeypatch.setattr(watching, "loss_bounds", lambda *all: (asked.append(1), bounds(*all))[1])
+    made = context(settings, COMMON | {"set_name": "a", "evaluate_every_steps": 30} | more)
+    run(made)
+    assert len(asked) == 1
+    spec = TrainSpec.model_validate(made.spec)
+    with made.sessions() as session:
+        (source,) = session.scalars(select(Source))
+        points = session.scalars(select(JobMetric).order_by(JobMetric.step)).all()
+        corpus = corpora.corpus_named(session, "c")
+    told = [point.values["ce_loss_score"] for point in points if "ce_loss_score" in point.values]
+    assert len(told) > 2
+    model = LanguageModel.load(Path(tiny.model.path))
+    stream = Stream.open(corpora.tokens_dir(settings, corpus.hash, model.card.tokenizer_hash))
+    text = Text(model, stream, spec.context_size)
+    _, held_out = train.split(spec, text)
+    coder = load_sae(settings.sae_dir(source.sae_hash), "cpu")
+    rows, sizes = held_out[: trainplan.LOOK_LOSS_CONTEXTS], (spec.context_size, trainplan.LOOK_LOSS_CONTEXTS)
+    measured = evaluate(text.model, coder, text.stream, rows, *sizes, spec.max_norm_ratio, lambda share, said: None)
+    assert told[-1] == pytest.approx(measured["ce_loss_score"], abs=1e-3)
 
 
 def test_every_architecture_of_the_spec_is_trained_here() -> None:

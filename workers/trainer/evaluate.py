@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,40 @@ def evaluate(
     return metrics | _spliced(held_out, rows[:n_loss_contexts], lambda share, said: report(0.5 + share * 0.5, said))
 
 
-def ce_loss_score(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: float) -> float:
-    """Return the score alone, on some contexts; tokens with a norm above the limit stay as they are."""
+@dataclass(frozen=True)
+class LossBounds:
+    """The losses between which every SAE of a hook lies on some contexts: nats summed over the predicted tokens."""
+
+    clean: float
+    zero: float
+
+
+def loss_bounds(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: float) -> LossBounds:
+    """Return the losses as the model is and with zeros at the SAE's hook, on some contexts.
+
+    They are those of its hooks and of the limit on norms: other SAEs there, and later states of this one, share them.
+    """
+    zeros = _spliced_in(coder, limit, zero=True)
+    clean = zero = 0.0
+    for ids in _passes(text, coder, rows):
+        clean += _cross_entropy(_log_probs(text.model, ids, {}), ids)
+        zero += _cross_entropy(_log_probs(text.model, ids, zeros), ids)
+    return LossBounds(clean, zero)
+
+
+def ce_loss_score(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: float, bounds: LossBounds) -> float:
+    """Return the score alone, on the contexts of `bounds`; tokens with a norm above the limit stay as they are."""
+    edits = _spliced_in(coder, limit, zero=False)
+    loss = sum(_cross_entropy(_log_probs(text.model, ids, edits), ids) for ids in _passes(text, coder, rows))
+    return _score(bounds.zero, loss, bounds.clean)
+
+
+def _passes(text: Text, coder: Coder, rows: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+    """Token ids [context, position] of as many contexts as the model runs on at a time."""
     bos = text.model.bos_for(coder.config)
-    kept = _Kept(_Sums(), None)
-    held_out = _HeldOut(text.model, coder, text.stream, text.context_size, bos, limit, _nobody, kept)
-    return _spliced(held_out, rows, lambda share, said: None)["ce_loss_score"]
+    for start in range(0, len(rows), CONTEXTS_PER_PASS):
+        part = rows[start : start + CONTEXTS_PER_PASS]
+        yield torch.from_numpy(text.stream.contexts(part, text.context_size, bos)).to(text.model.device)
 
 
 @dataclass

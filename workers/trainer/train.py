@@ -299,10 +299,11 @@ class Run:
             seconds = time.monotonic() - began - looked
             speed = taken * self.spec.batch_size / seconds
             if across.leads() and ((step + 1) % self.spec.evaluate_every_steps == 0 or last):
-                looking = time.monotonic()
+                looking, work = time.monotonic(), self._looks_flops(1)
                 metrics |= self._look(learners, norms, step + 1)
-                self._looked(time.monotonic() - looking)
-                looked += time.monotonic() - looking
+                looked += (took := time.monotonic() - looking)
+                self.spent.look_seconds += took
+                self.spent.look_flops += work
             if metrics:
                 metrics |= {
                     "tokens": float((step + 1) * self.spec.batch_size),
@@ -319,7 +320,7 @@ class Run:
     def _left(self, step: int, speed: float) -> float:
         """Seconds to the job's end: of the steps, of the looks at held-out text and of the evaluation."""
         steps = (self.plan.n_steps - step) * self.spec.batch_size / speed
-        looks = trainplan.looks_after(self.spec, step, self.plan.n_steps) * self._look_flops()
+        looks = self._looks_flops(trainplan.looks_after(self.spec, step, self.plan.n_steps))
         return steps + looks / self._looking_speed() + self.ending_seconds() * len(self.spec.saes)
 
     def ending_seconds(self) -> float:
@@ -329,18 +330,15 @@ class Run:
     def ending_flops(self) -> tuple[float, float]:
         return trainplan.ending_flops(self.spec, self.text.model.card, len(self.held_out))
 
-    def _look_flops(self) -> float:
-        return trainplan.look_flops(self.spec, self.text.model.card, len(self.held_out))
+    def _looks_flops(self, n: int) -> float:
+        first = not _bounds.get(self.context.directory)
+        return trainplan.looks_flops(self.spec, self.text.model.card, len(self.held_out), n, first=first)
 
     def _looking_speed(self) -> float:
         """As fast as the looks so far; before the first as the model was read; else a guess."""
         if self.spent.look_seconds:
             return self.spent.look_flops / self.spent.look_seconds
         return self.spent.speed()["forward"] or trainplan.Speed().forward
-
-    def _looked(self, seconds: float) -> None:
-        self.spent.look_seconds += seconds
-        self.spent.look_flops += self._look_flops()
 
     def _report(self, step: int, whole: tuple[int, int], metrics: Mapping[str, float], speed: float) -> None:
         left, n = self._left(step, speed), len(self.spec.saes)
@@ -352,7 +350,10 @@ class Run:
         self.context.report(share, f"{said}, {speed:,.0f} tokens/s, {duration(left)} left")
 
     def _look(self, learners: list[Learner], norms: dict[str, Norms], step: int) -> dict[str, float]:
-        probe = watching.make_probe(self.text, self.held_out, norms)
+        if self.context.directory not in _bounds:
+            _bounds.clear()
+            _bounds[self.context.directory] = {}
+        probe = watching.make_probe(self.text, self.held_out, norms, _bounds[self.context.directory])
         found: dict[str, float] = {}
         for learner in learners:
             sae = learner.spec
@@ -408,6 +409,9 @@ def _forget_learners(directory: Path) -> None:
     for path in [path for path in _learners if path.parent == directory or len(_learners) > trainplan.PARTS]:
         del _learners[path]
 
+
+_bounds: dict[Path, watching.Bounds] = {}
+"""Of the job in hand."""
 
 _readers: dict[tuple[Path, int], WindowReader] = {}
 

@@ -22,7 +22,7 @@ from workers.activations import Norms, Text, read_contexts
 from workers.sae.coders import CODERS, Coder
 from workers.sae.stats import ReconstructionStats
 from workers.sae.training import Folded
-from workers.trainer.evaluate import ce_loss_score
+from workers.trainer.evaluate import LossBounds, ce_loss_score, loss_bounds
 
 N_FEATURES = 8
 N_EXAMPLES = 3
@@ -31,6 +31,10 @@ AROUND = 10
 _BYTES = 128 * 2**20
 _LOG_EDGES = tuple(round(-3 + 0.25 * i, 2) for i in range(25))
 _DENSITY_EDGES = tuple(round(-5 + 0.25 * i, 2) for i in range(21))
+
+
+Bounds = dict[tuple[str, str], LossBounds]
+"""By an SAE's hooks. Filled by the first look; they stay the same through a training."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,10 @@ class Probe:
     """[context * pos, d] in the model's own units"""
     kept: Tensor
     """[context * pos], False for outliers"""
+    bounds: Bounds
 
 
-def make_probe(text: Text, held_out: npt.NDArray[np.int64], norms: Mapping[str, Norms]) -> Probe:
+def make_probe(text: Text, held_out: npt.NDArray[np.int64], norms: Mapping[str, Norms], bounds: Bounds) -> Probe:
     rows, bos = held_out[:LOOK_CONTEXTS], text.model.card.bos_token_id
     parts: dict[str, list[Tensor]] = {hook: [] for hook in norms}
     for _, acts in read_contexts(text.model, text.stream, rows, text.context_size, list(norms), bos):
@@ -55,7 +60,7 @@ def make_probe(text: Text, held_out: npt.NDArray[np.int64], norms: Mapping[str, 
             parts[hook].append(acts[hook][:, 1:].flatten(0, 1).float())
     found = {hook: torch.cat(part) for hook, part in parts.items()}
     kept = torch.stack([found[hook].norm(dim=-1) <= limit.limit for hook, limit in norms.items()]).all(dim=0)
-    return Probe(text, rows, text.stream.contexts(rows, text.context_size, bos)[:, 1:], found, kept)
+    return Probe(text, rows, text.stream.contexts(rows, text.context_size, bos)[:, 1:], found, kept, bounds)
 
 
 def coder_of(folded: Folded, metadata: Mapping[str, Any]) -> Coder:
@@ -106,7 +111,10 @@ def look(probe: Probe, coder: Coder, limit: float, place: Place) -> dict[str, fl
     )
     write_snapshot(place.job_dir, place.source, snapshot)
     found = stats.metrics()
-    score = ce_loss_score(probe.text, coder, probe.rows[:LOOK_LOSS_CONTEXTS], limit)
+    rows, hooks = probe.rows[:LOOK_LOSS_CONTEXTS], (coder.hook_name, coder.hook_name_out)
+    if hooks not in probe.bounds:
+        probe.bounds[hooks] = loss_bounds(probe.text, coder, rows, limit)
+    score = ce_loss_score(probe.text, coder, rows, limit, probe.bounds[hooks])
     metrics = {"ce_loss_score": score, "held_out_l0": found["l0"]}
     return metrics | {"held_out_explained_variance": found["explained_variance"]}
 
