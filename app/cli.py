@@ -46,6 +46,7 @@ from app import (
     relocation,
     remotes,
     supervisor,
+    trainforms,
     trainings,
     trash,
     validations,
@@ -64,6 +65,7 @@ from app.specs import BulkSpec, CorpusSpec, EvalSpec, HarvestSpec, MapSpec, Matc
 from app.supervisor import Child
 from app.tables import Job, JobState
 from app.trainings import Outlook
+from app.trainspecs import TrainSpec
 
 Report = Callable[[float, str], None]
 
@@ -850,7 +852,7 @@ def show_job(job_id: int) -> None:
     _out.print(f"Job {job.id} ({job.kind}): {escape(job.title)}")
     _out.print(f"{job.state}, {job.done:.0%} done. {escape(job.error or job.status)}")
     for title, values in (
-        ("spec", job.spec),
+        ("spec", _spec_of(job)),
         (f"metrics at step {points[-1].step}" if points else "metrics", points[-1].values if points else {}),
         ("result", job.result),
     ):
@@ -859,13 +861,24 @@ def show_job(job_id: int) -> None:
             _out.print("\n".join(f"  {key}: {escape(_number(value))}" for key, value in values.items()))
 
 
+def _spec_of(job: Job) -> dict[str, Any]:
+    """The spec as a person would write it."""
+    try:
+        return trainforms.short(TrainSpec.model_validate(job.spec)) if job.kind == trainings.KIND else job.spec
+    except ValidationError:
+        return job.spec  # of another version
+
+
 @_groups["jobs"].command("cancel")
 def cancel_job(job_id: int) -> None:
     """Cancel a job."""
     with _session(Settings()) as session:
         job = jobs.cancel(session, job_id)
-        state = "stopping" if job.cancel_requested else job.state
-    _out.print(f"Job {job_id}: {state}.")
+        cancelling = job.cancel_requested
+    if cancelling:
+        _out.print(f"Job {job_id} runs; it is cancelled at its next report, mostly within seconds.")
+    else:
+        _out.print(f"Job {job_id}: {job.state}.")
 
 
 @_groups["jobs"].command("pause")
@@ -873,8 +886,16 @@ def pause_job(job_id: int) -> None:
     """Pause a job; `jobs resume` goes on where it stopped."""
     with _session(Settings()) as session:
         job = jobs.pause(session, job_id)
-        state = "stopping" if job.pause_requested else job.state
-    _out.print(f"Job {job_id}: {state}.")
+        pausing = job.pause_requested
+    on = f"`sae-atlas jobs resume {job_id}` goes on."
+    if pausing:
+        _out.print(
+            f"Job {job_id} runs; it pauses at its next report, mostly within seconds, and keeps what is done. {on}"
+        )
+    elif job.state == JobState.PAUSED:
+        _out.print(f"Job {job_id}: paused. {on}")
+    else:
+        _out.print(f"Job {job_id} has ended: it is {job.state}.")
 
 
 @_groups["jobs"].command("resume")

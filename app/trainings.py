@@ -27,7 +27,7 @@ from app.settings import Settings
 from app.specs import CorpusSpec, HarvestSpec
 from app.tables import Corpus, Job, JobState, Source
 from app.trainplan import Estimate, Speed
-from app.trainspecs import SaeSpec, TrainSpec
+from app.trainspecs import HOOK_PATTERN, HOOKS, PLAIN_PATTERN, SET_PATTERN, SaeSpec, TrainSpec
 from app.visibility import Visibility
 
 KIND = "train"
@@ -43,6 +43,19 @@ _BOUNDS = {
     "greater_than": ("gt", "more than"),
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "less than"),
+}
+_KINDS = {
+    "int_parsing": "a whole number, in digits",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number, such as 0.001 or 1e-3",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+}
+_PATTERNS = {
+    HOOK_PATTERN: "such as blocks.12.hook_resid_post: a layer, then " + ", ".join(HOOKS),
+    SET_PATTERN: "small letters, digits, - and _, beginning with a letter or digit, 64 at most",
+    PLAIN_PATTERN: "a text in one line, without control characters",
 }
 _FIELDS = frozenset((*SaeSpec.model_fields, *TrainSpec.model_fields)) - {"saes"}
 _GPU = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
@@ -231,6 +244,10 @@ def _sentence(fault: Mapping[str, Any]) -> str:
         return "It is missing."
     if kind == "extra_forbidden":
         return "There is no field of this name."
+    if kind in _KINDS:
+        return f"It is {_shown(given)}; it must be {_KINDS[kind]}."
+    if kind == "string_pattern_mismatch":
+        return f"It is {_shown(given)}; it must be {_PATTERNS.get(fault['ctx']['pattern'], 'another text')}."
     text = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
     # A sentence that begins with a field's name keeps that as it is written.
     text = (text if text.partition(" ")[0] in _FIELDS else f"{text[:1].upper()}{text[1:]}")[:600]

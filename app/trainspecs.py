@@ -17,12 +17,20 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from app.specs import MIN_HARVEST_TOKENS, Spec
 
-HOOK_PATTERN = (
-    r"^blocks\.\d{1,4}\.(hook_resid_pre|hook_resid_mid|hook_resid_post|hook_attn_out|hook_mlp_in|hook_mlp_out"
-    r"|attn\.hook_z|mlp\.hook_in)$"
+HOOKS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_in",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "mlp.hook_in",
 )
+HOOK_PATTERN = r"^blocks\.\d{1,4}\.(" + "|".join(re.escape(hook) for hook in HOOKS) + ")$"
 HookName = Annotated[str, Field(pattern=HOOK_PATTERN)]
-_PLAIN = r"^[^\x00-\x1f\x7f]*$"
+SET_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+PLAIN_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 HUB = "hf:"
 """What the name of a corpus begins with that is a dataset of the Hugging Face hub."""
 MAX_SAES = 64
@@ -127,9 +135,7 @@ class SaeSpec(Spec):
         None,
         description="Transcoders: what is predicted; blocks.12.hook_mlp_out from blocks.12.mlp.hook_in is usual.",
     )
-    set_name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="The source will be {layer}-{set_name}, such as 12-demo."
-    )
+    set_name: str = Field(pattern=SET_PATTERN, description="The source will be {layer}-{set_name}, such as 12-demo.")
     architecture: Architecture = Field(
         Architecture.TOPK,
         description="topk and batchtopk reach a given sparsity without tuning; jumprelu reconstructs best at a tuned "
@@ -340,10 +346,10 @@ class SaeSpec(Spec):
 class TrainSpec(Spec):
     """Train SAEs on one pass of a model over some text, evaluate them and put them into the catalog."""
 
-    model: str = Field(max_length=200, pattern=_PLAIN, description="Model id in the catalog.")
+    model: str = Field(max_length=200, pattern=PLAIN_PATTERN, description="Model id in the catalog.")
     corpus: str = Field(
         max_length=200,
-        pattern=_PLAIN,
+        pattern=PLAIN_PATTERN,
         description="Corpus in the catalog; or `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG`, for a dataset of the Hugging "
         "Face hub, of whose text the job first stores as much as the tokens need.",
     )
@@ -351,14 +357,14 @@ class TrainSpec(Spec):
         "text",
         min_length=1,
         max_length=200,
-        pattern=_PLAIN,
+        pattern=PLAIN_PATTERN,
         description="Of a dataset of the hub: the column that holds the text, such as `text` or `content`.",
     )
     split: str = Field(
         "train",
         min_length=1,
         max_length=100,
-        pattern=_PLAIN,
+        pattern=PLAIN_PATTERN,
         description="Of a dataset of the hub: the split that is read, such as `train`.",
     )
     saes: tuple[SaeSpec, ...] = Field(

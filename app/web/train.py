@@ -191,7 +191,10 @@ async def queue(request: Request, session: Db, settings: Config) -> Response:
         except AtlasError as error:
             session.rollback()
             faults = error.faults if isinstance(error, BadSpec) else ()
-            problem = of(BadInput("Some fields cannot be used; each says why.") if faults else error)
+            problem = of(BadInput("Some fields cannot be used; each says why:") if faults else error)
+            if text is None:
+                boxes = {_box(fault): _label(fault) for fault in faults if fault.field}
+                problem = dataclasses.replace(problem, suggestions=tuple((f"#field-{b}", w) for b, w in boxes.items()))
             page = _page(session, settings, values, text=text, faults=faults, problem=problem)
             return _render(request, page, error.status)
         session.commit()
@@ -293,14 +296,15 @@ def _page(
         readable = _readable(session, settings, entry)
         presets = trainforms.presets(entry.card)
         values = _started(values, presets, preset) | {"model": entry.card.id}
-        values["corpus"] = values.get("corpus", "") or next(iter(readable), "")
-    forecast, _ = _forecast(session, settings, trainforms.from_form(values), text, faults)
+        if not faults:  # an empty box that is complained of stays empty
+            values["corpus"] = values.get("corpus", "") or next(iter(readable), "")
+    forecast, found = _forecast(session, settings, trainforms.from_form(values), text, faults)
     kept = {name: values.get(name, "") for name in ("model", "corpus")}
     return TrainPage(
         models=models,
         entry=entry,
         corpora=readable,
-        fields=_fields(entry, values, {} if text is not None else _errors(faults)),
+        fields=_fields(entry, values, {} if text is not None else _errors(found)),
         of=_OF,
         order=values.get(trainforms.ORDER, ""),
         presets=tuple((p, f"{PATH}{query({**kept, 'preset': p.key})}") for p in presets),
@@ -341,7 +345,8 @@ def _forecast(
     fields: dict[str, Any],
     text: str | None = None,
     faults: tuple[Fault, ...] = (),
-) -> tuple[Forecast, TrainSpec | None]:
+) -> tuple[Forecast, tuple[Fault, ...]]:
+    """What a spec will take and what is wrong with it; faults that were found already stay where it finds none."""
     spec: TrainSpec | None = None
     found: Outlook | None = None
     try:
@@ -352,8 +357,21 @@ def _forecast(
     except BadInput as error:
         faults = (Fault("", error.message),)
     yaml = yamlspec.dump(trainforms.short(spec)) if spec is not None else ""
-    said = tuple((_LABELS.get(fault.field, fault.field.replace("_", " ")), fault.text) for fault in faults)
-    return Forecast(found, () if found else said, yaml, ""), spec
+    said = tuple((fault.field if text is not None else _label(fault), fault.text) for fault in faults)
+    return Forecast(found, () if found else said, yaml, ""), faults
+
+
+def _label(fault: Fault) -> str:
+    """What the form calls the field that a fault is about."""
+    box = _box(fault)
+    return _LABELS.get(box, box.replace("_", " "))
+
+
+def _box(fault: Fault) -> str:
+    """The box of the form where a fault is said: a hook is made of two."""
+    if fault.field == "hook_name":
+        return "hook" if "side by side" in fault.text else "layer"
+    return "hook_out" if fault.field == "hook_name_out" else fault.field
 
 
 def _download(parameters: Mapping[str, str]) -> str:
@@ -364,10 +382,7 @@ def _errors(faults: tuple[Fault, ...]) -> dict[str, str]:
     """What is wrong by field of the form."""
     found: dict[str, str] = {}
     for fault in faults:
-        name = fault.field
-        if name == "hook_name":
-            name = "hook" if "side by side" in fault.text else "layer"
-        name = "hook_out" if name == "hook_name_out" else name
+        name = _box(fault)
         found[name] = " ".join(part for part in (found.get(name, ""), fault.text) if part)
     return found
 

@@ -154,7 +154,7 @@ def test_presets_and_the_schema_tell_what_can_be_asked(client: TestClient) -> No
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown model": ({"model": "nobody"}, "model", "nobody"),
     "an unknown corpus": ({"corpus": "none"}, "corpus", "There is no corpus 'none'; there are: made"),
-    "NUL in a name": ({"corpus": "made\0x"}, "corpus", "pattern"),
+    "NUL in a name": ({"corpus": "made\0x"}, "corpus", "a text in one line"),
     "no dataset's id": ({"corpus": "hf:../../etc"}, "corpus", "is no dataset of the hub; write owner/name"),
     "an address for a dataset": ({"corpus": "hf:http://169.254.169.254/"}, "corpus", "'//169.254.169.254/' cannot be"),
     "a dataset too large": (
@@ -164,7 +164,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "half a character": ({"model": "\ud800"}, "model", ""),
     "a layer that is not there": ({"hook_name": "blocks.3.hook_resid_post"}, "hook_name", "tiny has layers 0 to 2"),
-    "a layer far away": ({"hook_name": "blocks.9999.hook_z"}, "hook_name", "pattern"),
+    "a layer far away": (
+        {"hook_name": "blocks.9999.hook_z"},
+        "hook_name",
+        "it must be such as blocks.12.hook_resid_post",
+    ),
     "an output that is not there": (
         {
             "architecture": "transcoder",
@@ -187,7 +191,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a rate over one": ({"lr": 1.5}, "lr", "1.5; it must be at most 1"),
     "tokens without end": ({"n_tokens": 10**30}, "n_tokens", "it must be at most 100,000,000,000"),
     "a number of many digits": ({"seed": 10**4000}, "seed", "a number of 13,288 bits; it must be less than"),
-    "a text for a number": ({"n_tokens": "many"}, "n_tokens", "it is 'many'"),
+    "a text for a number": ({"n_tokens": "many"}, "n_tokens", "It is 'many'; it must be a whole number"),
     "a huge grid": (
         {"k": list(range(1, 20)), "seed": list(range(99))},
         "",
@@ -200,8 +204,8 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "a foreign field": ({"l1_coefficient": 3}, "l1_coefficient", "is a field of standard, gated"),
     "an unknown field": ({"nonsense": 1}, "nonsense", "no field of this name"),
     "an unknown architecture": ({"architecture": "magic"}, "architecture", "batchtopk"),
-    "a path for a name": ({"set_name": "../x"}, "set_name", "pattern"),
-    "a dictionary for a number": ({"k": {"a": 1}}, "k", "it is a mapping"),
+    "a path for a name": ({"set_name": "../x"}, "set_name", "it must be small letters, digits"),
+    "a dictionary for a number": ({"k": {"a": 1}}, "k", "It is a mapping"),
     "no hook": ({"hook_name": None}, "hook_name", "missing"),
 }
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from app import db, jobs
+from app.settings import Settings
 from tests.tiny import TEXT, save_tiny_model, save_tiny_sae
 
 
@@ -35,6 +37,12 @@ class Shell:
         assert result.returncode == 2, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         return " ".join(result.stderr.split())
+
+    def runs(self, job_id: int, state: str = "running") -> None:
+        """Put a job into a state, as a trainer that takes it or dies."""
+        with db.sessions(db.connect(Settings(data_dir=self.data_dir))).begin() as session:
+            job = jobs.get(session, job_id)
+            job.state, job.cancel_requested, job.pause_requested = state, False, False
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +109,15 @@ def test_jobs_are_queued_listed_shown_cancelled_and_resumed(shell: Shell, tmp_pa
     assert "No trainer runs" in queued
     assert "Job 2 queued" in shell.says("harvest", "tiny/1-own", "--corpus", "texts", "--tokens", "2000")
     assert "queued" in shell.says("jobs", "list")
-    assert re.search(r"['\"]d_sae['\"]: 32", shell.says("jobs", "show", "1"))
+    assert re.search(r"^  d_sae: 32$", shell.says("jobs", "show", "1"), re.M)
+    assert "Job 1: paused. `sae-atlas jobs resume 1` goes on." in shell.says("jobs", "pause", "1")
+    assert "Job 1 queued" in shell.says("jobs", "resume", "1")
+    shell.runs(1)
+    assert "Job 1 runs; it pauses at its next report" in shell.says("jobs", "pause", "1")
+    assert "Job 1 runs; it is cancelled at its next report" in shell.says("jobs", "cancel", "1")
+    shell.runs(1, "queued")
     assert "Job 1: cancelled." in shell.says("jobs", "cancel", "1")
+    assert "Job 1 has ended: it is cancelled." in shell.says("jobs", "pause", "1")
     assert "Job 1 queued" in shell.says("jobs", "resume", "1")
     assert "is queued; only a failed, cancelled or paused job can be resumed" in shell.refuses("jobs", "resume", "1")
     assert "No job 99." in shell.refuses("jobs", "show", "99")
@@ -116,7 +131,7 @@ def test_jobs_are_queued_listed_shown_cancelled_and_resumed(shell: Shell, tmp_pa
         ("[1, 2]", "this YAML is a list"),
         (
             "model: tiny\ncorpus: texts\nhook_name: blocks.1.hook_resid_post\nset_name: '../x'\n",
-            "set_name: String should match pattern",
+            "set_name: It is '../x'; it must be small letters, digits, - and _",
         ),
         ("model: nobody\ncorpus: texts\nhook_name: blocks.1.hook_resid_post\nset_name: x\n", "nobody"),
         ("model: tiny\ncorpus: none\nhook_name: blocks.1.hook_resid_post\nset_name: x\n", "There is no corpus 'none'"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from html import unescape
+from html import escape, unescape
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -187,22 +187,23 @@ def test_yaml_that_cannot_be_used_is_shown_with_what_is_wrong(
 
 
 WRONG: dict[str, tuple[dict[str, str], str, str]] = {
-    "a text": ({"n_tokens": "many"}, "n_tokens", "valid integer, unable to parse string as an integer; it is 'many'"),
+    "a text": ({"n_tokens": "many"}, "n_tokens", "It is 'many'; it must be a whole number, in digits."),
     "too few": ({"n_tokens": "3"}, "n_tokens", "It is 3; it must be at least 2,000."),
     "a layer too many": ({"layer": "1,3"}, "layer", "blocks.3.hook_resid_post is in layer 3; tiny has layers 0 to 2."),
     "no layer": ({"layer": ""}, "layer", "It is missing."),
-    "a layer that is no number": ({"layer": "x"}, "layer", "pattern"),
+    "a layer that is no number": ({"layer": "x"}, "layer", "it must be such as blocks.12.hook_resid_post"),
     "no output": (
         {"architecture": "transcoder", "hook": "hook_mlp_out"},
         "hook_out",
         "hook_name_out is hook_name itself",
     ),
+    "no corpus": ({"corpus": ""}, "corpus", "It is missing."),
     "an unknown corpus": ({"corpus": "none"}, "corpus", "There is no corpus 'none'; there are: made"),
     "k too large": ({"k": "32"}, "k", "k is 32 and d_sae 32; k must be smaller"),
-    "NaN": ({"lr": "nan"}, "lr", "finite number; it is 'nan'"),
+    "NaN": ({"lr": "nan"}, "lr", "It is 'nan'; it must be a finite number."),
     "a context too long": ({"context_size": "65"}, "context_size", "65 tokens; tiny reads 64"),
     "a batch too large": ({"batch_size": "16"}, "batch_size", "16 tokens; the corpus gives 15"),
-    "a name that is none": ({"set_name": "../x"}, "set_name", "pattern"),
+    "a name that is none": ({"set_name": "../x"}, "set_name", "it must be small letters, digits"),
     "a grid too large": ({"seed": ",".join(map(str, range(65)))}, "", "65 SAEs; a job trains at most 64"),
     "an architecture": ({"architecture": "<script>"}, "architecture", "it is '<script>'"),
     "half a character": ({"corpus": "\ud800"}, "corpus", "There is no corpus"),
@@ -220,6 +221,12 @@ def test_what_is_wrong_is_said_at_its_field_and_nothing_is_queued(
     place = rf'id="field-{name}-error" role="alert">([^<]*)' if name else r"([^<]*)"
     assert any(words in text(said) for said in re.findall(place, answer.text)), answer.text
     assert 'name="warmup_steps" value="77"' in answer.text, "what was typed stays"
+    for field, value in changes.items():
+        if field not in ("hook", "architecture") and value.isascii():
+            assert re.search(rf'name="{field}"[^>]* value="{re.escape(escape(value))}"', answer.text), "so does this"
+    assert not name or f'<a href="#field-{name}">' in answer.text
+    asked_again = client.get(f"/train?{body}").text
+    assert not name or name == "corpus" or f'id="field-{name}-error"' in asked_again, "an estimate says it there too"
     assert n_jobs(catalog_session) == 0
     live = client.get(f"/train/outlook?{body}")
     assert live.status_code == 200
