@@ -141,6 +141,13 @@ def points(session: Session, job_id: int) -> Iterator[tuple[int, dict[str, Any]]
     yield from session.execute(wanted.execution_options(yield_per=1_000))
 
 
+def seconds_left(session: Session, job_id: int) -> float | None:
+    """Return how long a job still takes, as its newest point says: that is written again while no new one comes."""
+    newest = select(JobMetric.values).where(JobMetric.job_id == job_id).order_by(JobMetric.step.desc()).limit(1)
+    left = (session.scalar(newest) or {}).get("seconds_left")
+    return float(left) if isinstance(left, int | float) else None
+
+
 def metric_names(session: Session, job_id: int) -> list[str]:
     """Return the names of all values in a job's curves, in the order in which they first come up."""
     return list(dict.fromkeys(name for _, values in points(session, job_id) for name in values))

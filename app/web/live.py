@@ -350,7 +350,7 @@ def _head(
     again = address(job.spec) if job.kind == "harvest" else f"/train?clone={job.id}" if job.kind == "train" else ""
     return Head(
         job=card(job, places(session, settings)),
-        numbers=tuple(_numbers(job, found)),
+        numbers=tuple(_numbers(job, found, jobs.seconds_left(session, job.id))),
         again=again,
         evidence=tuple(harvests.gathered(session, job_id=job.id)) if job.kind == "harvest" else (),
         n_warnings=sum(len(one.warnings) for one in warned),
@@ -374,11 +374,10 @@ def _may_change(request: Request, job: Job) -> bool:
     return visibility.may_change(who, job.owner) and who is not None and who.role != Role.VIEWER
 
 
-def _numbers(job: Job, found: Sequence[Run]) -> Iterator[tuple[str, str]]:
+def _numbers(job: Job, found: Sequence[Run], left: float | None) -> Iterator[tuple[str, str]]:
     if not found or found[0].spec is None:
         return
     first = found[0]
-    left = first.last("seconds_left") if job.state == JobState.RUNNING else None
     known = (
         ("step", f"{first.last_step:,}" if first.last_step else None),
         ("tokens", _told(first.last("tokens"), plots.short)),

@@ -113,6 +113,17 @@ def test_a_training_without_points_is_not_praised_and_says_what_comes_when(clien
     assert "makes the dashboards" not in ended
 
 
+def test_the_time_left_follows_the_evaluation_which_adds_no_point(client: TestClient) -> None:
+    number = train(client, ONE, range(10, 60, 10), {"loss": 0.5}, done=0.9)
+    seen = versions(page(client, f"/jobs/{number}"))
+    with client.app.state.sessions.begin() as session:  # type: ignore[attr-defined]
+        last = session.get_one(JobMetric, (number, 50))
+        last.values = {**last.values, "seconds_left": 41.0}
+    changed = parts(client, f"/jobs/{number}/parts", seen)["parts"]
+    assert list(changed) == ["job"]
+    assert "<dt>time left, with evaluation</dt><dd>41 s</dd>" in str(changed["job"])
+
+
 def test_only_what_changed_is_sent_again(client: TestClient) -> None:
     number = grid(client)
     seen = versions(page(client, f"/jobs/{number}"))

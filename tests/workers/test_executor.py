@@ -157,6 +157,8 @@ def test_a_job_whose_trainer_is_killed_in_mid_step_goes_on_at_that_step_with_the
         ["part-2", str(second.pid)],
     ]
     assert job.result["text"] == "part-0 after 0\npart-1 after 1\npart-2 after 2\n"
+    said = [line for line in bench.lines(job_id) if "its trainer stopped; the job goes on" in line]
+    assert len(said) == 1, "whoever reads the log learns why it began twice"
 
 
 def test_another_trainer_takes_the_job_of_a_stopped_one_over_and_the_stopped_one_ends_itself(bench: Bench) -> None:

@@ -213,6 +213,7 @@ class Runner:
     def _claim(self, job_id: int) -> Job | None:
         """Mark the job as running here. None when it was cancelled before it started."""
         with self.sessions.begin() as session:
+            before = session.scalar(select(Job.state).where(Job.id == job_id))
             claimed = session.execute(
                 update(Job)
                 .where(Job.id == job_id, Job.state.in_([JobState.QUEUED, JobState.RUNNING]))
@@ -221,6 +222,9 @@ class Runner:
             job = session.get(Job, job_id)
             if job is None or getattr(claimed, "rowcount", 0) == 0:
                 return None
+            if before == JobState.RUNNING:
+                job.status = "Its trainer stopped; it goes on after the last step that was done"
+                _logger.warning("its trainer stopped; the job goes on after the last step that was done")
             job.started_at = job.started_at or now()
             return job
 

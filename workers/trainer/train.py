@@ -138,6 +138,7 @@ class Run:
     @classmethod
     def begin(cls, context: JobContext) -> Run:
         """Decide what depends on the state of the disk, once, and judge whether the job can run at all."""
+        context.report(0.0, "reading the model and the corpus")
         spec = _with_text(context, TrainSpec(**context.spec))
         text = _text(context, spec)
         for sae in spec.saes:
@@ -533,7 +534,8 @@ class _Ending:
         each = since / gone if gone > 0 else self.run.ending_seconds()
         left = each * (1 - done + n - place - 1)
         which = f"evaluation {place + 1} of {n}" if n > 1 else "evaluation"
-        self.run.context.report(share, f"{which}: {said}, {duration(left)} left", left)
+        ahead = f", {duration(left)} left" if left else ""
+        self.run.context.report(share, f"{which}: {said}{ahead}", left)
 
 
 def _write_sae(
