@@ -961,6 +961,8 @@ def _queued(job_id: int, title: str, watch: bool) -> None:
         _out.print("No trainer runs; `sae-atlas serve` starts one, and it takes the job up.")
     if watch:
         job = _watch(settings, job_id)
+        if job.state in (JobState.PAUSED, JobState.CANCELLED):
+            raise AtlasError(f"Job {job_id} was {job.state}. `sae-atlas jobs resume {job_id} --watch` goes on.")
         if job.state != JobState.DONE:
             raise AtlasError(f"Job {job_id} {job.state}. {job.error}".strip())
         _out.print("\n".join(f"  {key}: {escape(_number(value))}" for key, value in job.result.items()))

@@ -401,6 +401,7 @@ def _notes(session: Session, settings: Settings, spec: TrainSpec, entry: ModelEn
     if replaced:
         is_, it = ("is", "it") if len(replaced) == 1 else ("are", "them")
         yield f"{', '.join(replaced[:4])} {is_} in the catalog already: the end of this training replaces {it}."
+    yield from _rivals(session, spec)
     if spec.visibility == Visibility.PRIVATE and (seen := [n for n in replaced if taken[n] != Visibility.PRIVATE]):
         yield f"{', '.join(seen[:4])}: seen by others already, and so afterwards; the page of an SAE changes that."
     if not spec.harvest_tokens:
@@ -424,6 +425,21 @@ def _late(spec: TrainSpec, n_steps: int) -> Iterator[str]:
             f"resample_every_steps is {every:,} of {n_steps:,} steps, and none happens in the last third: dead latents "
             "stay dead."
         )
+
+
+def _rivals(session: Session, spec: TrainSpec) -> Iterator[str]:
+    """Trainings that wait or run and end in the same places."""
+    wanted = {sae.source for sae in spec.saes}
+    going = select(Job).where(Job.kind == KIND, Job.state.in_([JobState.QUEUED, JobState.RUNNING, JobState.PAUSED]))
+    for job in session.scalars(going.order_by(Job.id.desc()).limit(50)):
+        if job.spec.get("model") != spec.model:
+            continue
+        try:
+            both = sorted(wanted & {sae.source for sae in TrainSpec.model_validate(job.spec).saes})
+        except ValidationError:
+            continue  # asked for by another version
+        if both:
+            yield f"Job {job.id}, {job.state}, makes {', '.join(both[:4])} too: whichever ends last stays."
 
 
 def _is_telling(session: Session, job: Job) -> bool:

@@ -78,6 +78,16 @@ def n_jobs(session: Session) -> int:
     return session.scalar(select(func.count()).select_from(Job)) or 0
 
 
+def test_a_second_training_of_the_same_name_is_told_of_the_first(client: TestClient) -> None:
+    first = client.post("/train", data=FORM, follow_redirects=False).headers["location"]
+    number = first.rsplit("/", 1)[1]
+    told = f"Job {number}, queued, makes 1-mine too: whichever ends last stays."
+    assert told in text(client.get("/train/outlook", params=FORM).text)
+    assert told not in text(client.get("/train/outlook", params=FORM | {"set_name": "other"}).text)
+    client.post(f"{first}/cancel")
+    assert told not in text(client.get("/train/outlook", params=FORM).text)
+
+
 def test_the_form_queues_a_training(client: TestClient, catalog_session: Session) -> None:
     answer = client.post("/train", data=FORM, follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (303, "/jobs/1")
