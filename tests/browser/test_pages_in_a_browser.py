@@ -193,7 +193,7 @@ def test_the_slider_and_the_exact_field_follow_each_other(page: Page, demo_serve
 def test_a_feature_to_steer_is_found_by_its_index_and_removed(page: Page, demo_server: Demo) -> None:
     page.goto(f"/{demo_server.model}/steer")
     page.get_by_label("Add a feature by label or index").press_sequentially("23")
-    page.locator(".choice").first.click()
+    page.locator(".choice:visible").first.click()
     expect(page.locator(".steered")).to_have_count(1)
     page.get_by_role("button", name="Remove feature 23").click()
     expect(page.locator(".steered")).to_have_count(0)
