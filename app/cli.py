@@ -967,7 +967,7 @@ def _queued(job_id: int, title: str, watch: bool) -> None:
             raise AtlasError(f"Job {job_id} {job.state}. {job.error}".strip())
         _out.print("\n".join(f"  {key}: {escape(_number(value))}" for key, value in job.result.items()))
         for path in _links(job):
-            _out.print(f"Open {supervisor.url(settings)}{escape(path)}", soft_wrap=True)
+            _out.print(f"Open {supervisor.url(supervisor.served_address(settings))}{escape(path)}", soft_wrap=True)
 
 
 def _links(job: Job) -> list[str]:

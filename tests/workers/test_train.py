@@ -19,7 +19,7 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from sqlalchemy import select
 
-from app import corpora, db, documents, jobs
+from app import corpora, db, documents, jobs, supervisor
 from app.corpora import Stream
 from app.errors import BadFile, TooLarge
 from app.settings import Settings
@@ -290,10 +290,14 @@ def test_a_person_in_a_shell_watches_a_training_and_is_led_to_its_saes(settings:
     spec = SPEC | {"k": [2, 4], "epochs": 1, "harvest_tokens": 1_000}
     (tmp_path / "spec.yaml").write_text(json.dumps(spec))
     environment = os.environ | {"SAE_ATLAS_DATA_DIR": str(settings.data_dir), "SAE_ATLAS_DEVICE": "cpu"}
+    address = settings.data_dir / "run" / "address"  # as a server on another port leaves it
+    address.parent.mkdir(parents=True, exist_ok=True)
+    address.write_text("127.0.0.1 4310")
     trainer = start(settings)
     try:
         command = [sys.executable, "-m", "app.cli", "train", str(tmp_path / "spec.yaml"), "--watch"]
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        with supervisor.hold(settings):
+            said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     finally:
         trainer.terminate()
         trainer.wait(60)
@@ -302,7 +306,7 @@ def test_a_person_in_a_shell_watches_a_training_and_is_led_to_its_saes(settings:
     assert lines[0].startswith("About ")
     assert "SAEs: 1-trained-k2, 1-trained-k4" in lines
     assert any("Job 1 queued: Train 2 SAEs of tiny" in line for line in lines)
-    assert lines[-2:] == [f"Open http://127.0.0.1:3000/tiny/1-trained-k{k}" for k in (2, 4)], said.stdout
+    assert lines[-2:] == [f"Open http://127.0.0.1:4310/tiny/1-trained-k{k}" for k in (2, 4)], said.stdout
     made = context(settings, SPEC)
     with made.sessions() as session:
         assert {source.name for source in session.scalars(select(Source))} == {"1-trained-k2", "1-trained-k4"}
