@@ -240,7 +240,8 @@ class Runner:
                 values = {"state": JobState.FAILED, "error": outcome["error"]}
         values |= {"cancel_requested": False, "pause_requested": False}
         _persist(lambda: _settle(self.sessions, job_id, values))
-        _logger.info("job ended", state=str(values["state"]), error=outcome.get("error", ""))
+        why = {"error": outcome["error"]} if outcome.get("error") else {}
+        _logger.info("job ended", state=str(values["state"]), **why)
         return str(values["state"])
 
 
