@@ -18,7 +18,8 @@ class Vocabulary:
 
     def __init__(self, tokens: list[bytes]) -> None:
         self._tokens = tokens
-        self._whole: dict[int, str | None] = {}
+        self._whole = [_text(token) for token in tokens]
+        """None where a token holds parts of characters."""
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -30,12 +31,10 @@ class Vocabulary:
         UTF-8 become U+FFFD.
         """
         ids = list(ids)
-        try:
+        if ids and min(ids) >= 0 and max(ids) < len(self._whole):
             whole = [self._whole[i] for i in ids]
-        except KeyError:
-            whole = [self._whole[i] if i in self._whole else self._read(i) for i in ids]
-        if None not in whole:
-            return cast(list[str], whole)
+            if None not in whole:
+                return cast(list[str], whole)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         strings = [decoder.decode(self._bytes(token)) for token in ids]
         tail = decoder.decode(b"", final=True)
@@ -47,15 +46,6 @@ class Vocabulary:
         """Return something that turns ids into text as they come."""
         return Reader(self._bytes)
 
-    def _read(self, token: int) -> str | None:
-        """Return and remember a token's text, or None where it holds parts of characters."""
-        try:
-            string = self._bytes(token).decode("utf-8")
-        except UnicodeDecodeError:
-            string = None
-        self._whole[token] = string
-        return string
-
     def text(self, ids: Iterable[int]) -> str:
         return b"".join(self._bytes(token) for token in ids).decode("utf-8", "replace")
 
@@ -64,6 +54,13 @@ class Vocabulary:
 
     def _bytes(self, token: int) -> bytes:
         return self._tokens[token] if 0 <= token < len(self._tokens) else f"<{token}>".encode()
+
+
+def _text(token: bytes) -> str | None:
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 class Reader:

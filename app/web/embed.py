@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from app import catalog
 from app.catalog import FeatureRecord
 from app.web.access import VIEWER
 from app.web.guard import CONTENT_POLICY
-from app.web.pages import Db, base_of, query, render
+from app.web.pages import Db, base_of, of_query, query, render
 
 if TYPE_CHECKING:
     from app.web.feature import FeaturePage
@@ -47,7 +48,7 @@ class Switches:
     embedactivations: bool = True
     embedsteer: bool = True
     embedlink: bool = True
-    defaulttesttext: str = ""
+    defaulttesttext: Annotated[str, Field(max_length=2000)] = ""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -60,22 +61,7 @@ class Switches:
         }
 
 
-def _switches(
-    embed: bool = False,
-    embedexplanation: bool = True,
-    embedtest: bool = True,
-    embedplots: bool = True,
-    embedactivations: bool = True,
-    embedsteer: bool = True,
-    embedlink: bool = True,
-    defaulttesttext: Annotated[str, Query(max_length=2000)] = "",
-) -> Switches:
-    return Switches(
-        embed, embedexplanation, embedtest, embedplots, embedactivations, embedsteer, embedlink, defaulttesttext
-    )
-
-
-Embedded = Annotated[Switches, Depends(_switches)]
+Embedded = Annotated[Switches, of_query(Switches)]
 
 
 @dataclass(frozen=True)

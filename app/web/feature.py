@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
-from fastapi import APIRouter, Depends, Form, Query, Request
+from fastapi import APIRouter, Form, Query, Request
+from pydantic import Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import StringConvertor, register_url_convertor
@@ -34,7 +35,7 @@ from app.vectors import decoder_row
 from app.web import visits
 from app.web.access import GUEST, VIEWER, actor_of
 from app.web.embed import SWITCHES, Embedded, embedded
-from app.web.pages import Config, Db, Gpu, ahead, base_of, partial, query, read, render
+from app.web.pages import Config, Db, Gpu, ahead, base_of, of_query, partial, query, read, render
 from app.web.problems import Problem, of
 
 router = APIRouter()
@@ -95,7 +96,7 @@ class Choices:
     width: Width = "16"
     scale: Scale = "feature"
     breaks: Breaks = "shown"
-    evidence: int | None = None
+    evidence: Annotated[int | None, Field(ge=0, lt=2**31)] = None
     """Which harvest's evidence; None is the one the source shows by default."""
     bands: Literal["", "all"] = ""
     """`all` shows every band of activation at once, however long the page gets."""
@@ -112,17 +113,7 @@ class Choices:
 _USUAL = Choices()
 
 
-def _choices(
-    width: Width = "16",
-    scale: Scale = "feature",
-    breaks: Breaks = "shown",
-    evidence: Annotated[int | None, Query(ge=0, lt=2**31)] = None,
-    bands: Literal["", "all"] = "",
-) -> Choices:
-    return Choices(width, scale, breaks, evidence, bands)
-
-
-Chosen = Annotated[Choices, Depends(_choices)]
+Chosen = Annotated[Choices, of_query(Choices)]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from functools import lru_cache
 from markupsafe import Markup
 
 from app import present
+from app.catalog import FeatureRow
 from app.comments import MENTION
 
 _SIGNS = {"\t": "⇥", "\r": "␍"}
 _PART = Markup('<i class="part" title="{}">⋯</i>').format(present.PART)
 _CUT = '<i class="cut">…</i>'
+_UNNAMED = Markup('<span class="muted">no label</span>')
 _TICKED = re.compile(r"`([^`]+)`")
 
 
@@ -109,9 +111,8 @@ def quiet(shown: present.Quiet, path: str, kept: str) -> Markup:
     why = ""
     if shown.neighbour is not None:
         place, index = _escape(path.rpartition("/")[0]), shown.neighbour.index
-        said = label(shown.neighbour.label) if shown.neighbour.label else '<span class="muted">no label</span>'
         link = f'<a href="{place}/{index}">{index}</a>'
-        why = f'<p class="effect"><span class="muted">where its neighbour</span> {link} {said} '
+        why = f'<p class="effect"><span class="muted">where its neighbour</span> {link} {named(shown.neighbour)} '
         why += '<span class="muted">peaks</span></p>'
     return _item(shown.window, _tools(shown.window, path, kept) + why)
 
@@ -155,6 +156,11 @@ def label(text: str) -> Markup:
         for i, part in enumerate(_TICKED.split(text))
     ]
     return Markup("".join(parts))  # noqa: S704 - every part is escaped
+
+
+def named(feature: FeatureRow) -> Markup:
+    """Return a feature's label as markup, or that it has none."""
+    return label(feature.label) if feature.label else _UNNAMED
 
 
 def said(text: str) -> Markup:

@@ -255,6 +255,17 @@ def test_a_page_stays_below_60_kB_however_many_tokens_it_shades(client: TestClie
     assert whole.count('class="example"') > page.count('class="example"')
 
 
+@pytest.mark.parametrize(
+    "asked", ["width=7", "scale=dark", "evidence=-1", "evidence=x", "embed=maybe", "defaulttesttext=" + 2001 * "a"]
+)
+def test_a_choice_that_there_is_not_is_refused_by_name(client: TestClient, asked: str) -> None:
+    answer = client.get(f"{PATH}?width=5&{asked}" if "width" not in asked else f"{PATH}?{asked}")
+    assert answer.status_code == 422
+    assert (
+        f"{asked.partition('=')[0]}: Input should be" in answer.text or "defaulttesttext: String should" in answer.text
+    )
+
+
 def test_the_route_tried_first_takes_no_other_page_s_address() -> None:
     routes = list(routes_of(create_app(Settings())))
     (quick,) = (r for r in routes if r.path == "/{model:model}/{source:source}/{index:index}")
