@@ -27,7 +27,7 @@ from app.settings import Settings
 from app.specs import CorpusSpec, HarvestSpec
 from app.tables import Corpus, Job, JobState, Source
 from app.trainplan import Estimate, Speed
-from app.trainspecs import HOOK_PATTERN, HOOKS, PLAIN_PATTERN, SET_PATTERN, SaeSpec, TrainSpec
+from app.trainspecs import HOOK_PATTERN, HOOKS, PLAIN_PATTERN, RESAMPLING_ENDS, SET_PATTERN, SaeSpec, TrainSpec
 from app.visibility import Visibility
 
 KIND = "train"
@@ -420,7 +420,7 @@ def _late(spec: TrainSpec, n_steps: int) -> Iterator[str]:
             yield f"{name} is {asked:,} of {n_steps:,} steps: the {what} only rises. A twentieth would be {share:,}."
     resampled = [sae.resample_every_steps for sae in spec.saes if sae.treatment == "resample"]
     every = min((n for n in resampled if n), default=0)
-    if every > n_steps * 2 // 3:
+    if every > RESAMPLING_ENDS * n_steps:
         yield (
             f"resample_every_steps is {every:,} of {n_steps:,} steps, and none happens in the last third: dead latents "
             "stay dead."

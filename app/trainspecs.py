@@ -33,6 +33,8 @@ SET_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 PLAIN_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 HUB = "hf:"
 """What the name of a corpus begins with that is a dataset of the Hugging Face hub."""
+RESAMPLING_ENDS = 2 / 3
+"""Share of the steps after which nothing is resampled: what is new needs time to settle."""
 MAX_SAES = 64
 MAX_TOKENS = 10**11
 MAX_STEPS = 10**9

@@ -82,9 +82,9 @@ def loss_bounds(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: fl
 
     They are those of its hooks and of the limit on norms: other SAEs there, and later states of this one, share them.
     """
-    zeros = _spliced_in(coder, limit, zero=True)
+    zeros, bos = _spliced_in(coder, limit, zero=True), text.model.bos_for(coder.config)
     clean = zero = 0.0
-    for ids in _passes(text, coder, rows):
+    for ids in _passes(text.model, text.stream, rows, text.context_size, bos):
         clean += _cross_entropy(_log_probs(text.model, ids, {}), ids)
         zero += _cross_entropy(_log_probs(text.model, ids, zeros), ids)
     return LossBounds(clean, zero)
@@ -92,17 +92,19 @@ def loss_bounds(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: fl
 
 def ce_loss_score(text: Text, coder: Coder, rows: npt.NDArray[np.int64], limit: float, bounds: LossBounds) -> float:
     """Return the score alone, on the contexts of `bounds`; tokens with a norm above the limit stay as they are."""
-    edits = _spliced_in(coder, limit, zero=False)
-    loss = sum(_cross_entropy(_log_probs(text.model, ids, edits), ids) for ids in _passes(text, coder, rows))
+    edits, bos = _spliced_in(coder, limit, zero=False), text.model.bos_for(coder.config)
+    passes = _passes(text.model, text.stream, rows, text.context_size, bos)
+    loss = sum(_cross_entropy(_log_probs(text.model, ids, edits), ids) for ids in passes)
     return _score(bounds.zero, loss, bounds.clean)
 
 
-def _passes(text: Text, coder: Coder, rows: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+def _passes(
+    model: LanguageModel, stream: Stream, rows: npt.NDArray[np.int64], context_size: int, bos: int | None
+) -> Iterator[Tensor]:
     """Token ids [context, position] of as many contexts as the model runs on at a time."""
-    bos = text.model.bos_for(coder.config)
     for start in range(0, len(rows), CONTEXTS_PER_PASS):
         part = rows[start : start + CONTEXTS_PER_PASS]
-        yield torch.from_numpy(text.stream.contexts(part, text.context_size, bos)).to(text.model.device)
+        yield torch.from_numpy(stream.contexts(part, context_size, bos)).to(model.device)
 
 
 @dataclass
@@ -201,9 +203,7 @@ def _spliced(held_out: _HeldOut, rows: npt.NDArray[np.int64], report: Report) ->
     """Cross-entropy (nats a token) clean, with the reconstruction and with zeros at the hook, and KL divergences."""
     model, sums = held_out.model, held_out.kept.sums
     losses = sums.losses
-    for start in range(sums.n_spliced, len(rows), CONTEXTS_PER_PASS):
-        part = rows[start : start + CONTEXTS_PER_PASS]
-        ids = torch.from_numpy(held_out.stream.contexts(part, held_out.context_size, held_out.bos)).to(model.device)
+    for ids in _passes(model, held_out.stream, rows[sums.n_spliced :], held_out.context_size, held_out.bos):
         clean = _log_probs(model, ids, {})
         losses["ce_loss_clean"] += _cross_entropy(clean, ids)
         for name in ("sae", "zero"):
@@ -211,7 +211,7 @@ def _spliced(held_out: _HeldOut, rows: npt.NDArray[np.int64], report: Report) ->
             log_probs = _log_probs(model, ids, _spliced_in(held_out.coder, held_out.limit, zero=name == "zero"))
             losses[f"ce_loss_{name}"] += _cross_entropy(log_probs, ids)
             losses[f"kl_{name}"] += float(kl_div(log_probs, clean, reduction="sum", log_target=True))
-        sums.n_spliced += len(part)
+        sums.n_spliced += len(ids)
         sums.n_loss_tokens += ids.shape[0] * (ids.shape[1] - 1)
         held_out.kept.now_and_then()
         score = _score(losses["ce_loss_zero"], losses["ce_loss_sae"], losses["ce_loss_clean"])

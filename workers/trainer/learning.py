@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.errors import AtlasError
-from app.trainspecs import SaeSpec
+from app.trainspecs import RESAMPLING_ENDS, SaeSpec
 from workers.sae import across
 from workers.sae.training import (
     OBJECTIVES,
@@ -27,9 +27,6 @@ from workers.sae.training import (
     remove_parallel_gradient,
     resampled,
 )
-
-RESAMPLING_ENDS = 2 / 3
-"""Share of the steps after which nothing is resampled: what is new needs time to settle."""
 
 
 class Diverged(AtlasError):
